@@ -1,0 +1,1 @@
+"""TE computations of the kernel families and their schedule templates."""

@@ -1,0 +1,46 @@
+"""The errors a caller can act on.
+
+Every message names the thing that is wrong and the remedy. The command line prints them as one line and exits with
+code 2; library users catch `TvmNmError`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ArtifactError", "EnvironmentMismatchError", "ModelMismatchError", "TvmNmError", "UnsupportedModelError"]
+
+
+class TvmNmError(Exception):
+    """Base of all errors that tvm_nm raises on purpose."""
+
+
+class UnsupportedModelError(TvmNmError):
+    """A model file that cannot be read or holds something that cannot be compiled.
+
+    Parameters
+    ----------
+    reason
+        What is wrong and, where there is one, the remedy.
+    node
+        Name of the ONNX node at fault, if one is.
+    op
+        Its operator type.
+    """
+
+    def __init__(self, reason: str, *, node: str | None = None, op: str | None = None) -> None:
+        self.reason = reason
+        self.node = node
+        self.op = op
+        where = f"node {node!r} ({op}): " if node is not None else f"operator {op}: " if op is not None else ""
+        super().__init__(where + reason)
+
+
+class ModelMismatchError(TvmNmError):
+    """A compiled or imported module whose outputs differ from onnxruntime's beyond tolerance."""
+
+
+class ArtifactError(TvmNmError):
+    """A built artefact that is missing, damaged or of another version, or that cannot be written."""
+
+
+class EnvironmentMismatchError(TvmNmError):
+    """The installed TVM, tvm-ffi or the host does not fit."""

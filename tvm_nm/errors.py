@@ -6,7 +6,14 @@ code 2; library users catch `TvmNmError`.
 
 from __future__ import annotations
 
-__all__ = ["ArtifactError", "EnvironmentMismatchError", "ModelMismatchError", "TvmNmError", "UnsupportedModelError"]
+__all__ = [
+    "ArtifactError",
+    "EnvironmentMismatchError",
+    "ModelMismatchError",
+    "PlanError",
+    "TvmNmError",
+    "UnsupportedModelError",
+]
 
 
 class TvmNmError(Exception):
@@ -44,3 +51,7 @@ class ArtifactError(TvmNmError):
 
 class EnvironmentMismatchError(TvmNmError):
     """The installed TVM, tvm-ffi or the host does not fit."""
+
+
+class PlanError(TvmNmError):
+    """A plan, or a selection of layers, that names what the model does not have or cannot be applied to it."""

@@ -1,0 +1,82 @@
+"""Give every PrimFunc of a module a schedule: the registered template of its family, or the generic one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import s_tir
+
+from tvm_nm.schedules.conv import CONV_RULE
+from tvm_nm.schedules.conv_template import schedule_conv
+from tvm_nm.schedules.fc import FC_RULE, schedule_fc
+from tvm_nm.schedules.generic import schedule_generic
+from tvm_nm.schedules.machine import machine_of
+from tvm_nm.schedules.pool import POOL_RULE, schedule_pool
+
+__all__ = ["TEMPLATES", "ApplyDefaultSchedules", "pass_context", "schedule_function"]
+
+_log = logging.getLogger(__name__)
+
+TEMPLATES: dict[str, Callable[[s_tir.Schedule, Any], list[s_tir.Schedule]]] = {
+    CONV_RULE: schedule_conv,
+    FC_RULE: schedule_fc,
+    POOL_RULE: schedule_pool,
+}
+"""Templates by the `schedule_rule` annotation that selects them; MetaSchedule finds them by the same names."""
+
+
+def pass_context() -> tvm.transform.PassContext:
+    """Return the pass context in which scheduled modules must be built.
+
+    It turns on LoopPartition for the loops that the templates marked; without it a pixel count that is not a multiple
+    of the register tile leaves bounds checks in inner loops (the results are the same, the speed is not).
+    """
+    return tvm.transform.PassContext(opt_level=3, config={"s_tir.LoopPartition": {"partition_const_loop": True}})
+
+
+def _template_block(sch: s_tir.Schedule) -> tuple[Any, str] | None:
+    for block in sch.get_child_blocks(sch.get_sblock("root")):
+        annotations = sch.get(block).annotations
+        if "schedule_rule" in annotations and str(annotations["schedule_rule"]) in TEMPLATES:
+            return block, str(annotations["schedule_rule"])
+    return None
+
+
+def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
+    """Return `func` scheduled with its template's default decisions."""
+    sch = s_tir.Schedule(func)
+    found = _template_block(sch)
+    if found is not None:
+        block, rule = found
+        TEMPLATES[rule](sch, block)
+    else:
+        schedule_generic(sch, machine_of(target))
+    attributes = {key: value for key, value in func.attrs.items()}
+    attributes["tirx.is_scheduled"] = True
+    return sch.mod["main"].with_attrs(attributes)
+
+
+@tvm.transform.module_pass(opt_level=0, name="tvm_nm.ApplyDefaultSchedules")
+class ApplyDefaultSchedules:
+    """Schedule every PrimFunc that is not scheduled yet.
+
+    Parameters
+    ----------
+    target
+        What vectors and threads are chosen for.
+    """
+
+    def __init__(self, target: tvm.target.Target) -> None:
+        self._target = target
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Return the scheduled module."""
+        scheduled = mod.clone() if hasattr(mod, "clone") else tvm.IRModule(mod.functions, attrs=mod.attrs)
+        for name, func in mod.functions_items():
+            if isinstance(func, tvm.tirx.PrimFunc) and not func.attrs.get("tirx.is_scheduled", False):
+                _log.debug("scheduling %s", name.name_hint)
+                scheduled.update_func(name, schedule_function(func, self._target))
+        return scheduled

@@ -1,0 +1,270 @@
+"""The convolution family: one TE computation for dense, grouped, depthwise and sparse convolutions.
+
+    Y[q, oc] = sum over kept (ic, ky, kx) of W[oc, ic, ky, kx] * X[ic, offset(ky, kx) + q]
+
+with q a virtual pixel (see `geometry`). Vectors run over pixels, so every sparsity pattern vectorises: a weight is a
+broadcast scalar, and N output channels that share their kept positions (a *block row*) share each load of X. Dense is
+the same loop nest with every position present and no index table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+import tvm
+from tvm import te, tirx
+
+from tvm_nm.schedules.epilogue import activate
+from tvm_nm.schedules.geometry import PixelGeometry
+from tvm_nm.workload import ConvWorkload
+
+__all__ = ["CONV_RULE", "ConvKernel", "IndexKind", "conv_prim_func", "padded_input"]
+
+CONV_RULE = "tvm_nm_conv"
+
+
+class IndexKind(str, Enum):
+    """How a kernel finds the input of its weights."""
+
+    NONE = "none"
+    """Every input channel and tap in order: dense."""
+    CHANNEL = "channel"
+    """A table of input channels, all taps of each: whole kernels were dropped."""
+    POSITION = "position"
+    """A table of offsets, one for each kept (input channel, tap)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvKernel:
+    """A kernel variant: everything that fixes a convolution's generated code except its schedule decisions.
+
+    Attributes
+    ----------
+    geometry
+        Holds the workload (perhaps reshaped) and the pixel layout.
+    index
+        How inputs are found.
+    block
+        Output channels of a block row; the last of a group may be shorter.
+    oc_tile
+        Output channels of the register tile; a block row is `ceil(block / oc_tile)` tiles.
+    kept
+        Length of a block row's reduction: input channels (`NONE`, `CHANNEL`) or positions (`POSITION`).
+    index_dtype
+        Integer type of the index table.
+    vectors_per_tile
+        Default pixel vectors of the register tile.
+    rows_per_task
+        Default block rows that one parallel task computes.
+    """
+
+    geometry: PixelGeometry
+    index: IndexKind
+    block: int
+    oc_tile: int
+    kept: int
+    index_dtype: str
+    vectors_per_tile: int
+    rows_per_task: int
+
+    @property
+    def workload(self) -> ConvWorkload:
+        return self.geometry.workload
+
+    @property
+    def block_rows(self) -> int:
+        """Block rows of one group."""
+        return -(-self.workload.out_channels_per_group // self.block)
+
+    @property
+    def tiles(self) -> int:
+        """Register tiles of a block row."""
+        return -(-self.block // self.oc_tile)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the packed weights: (groups, block rows, tiles, reduction..., oc_tile)."""
+        reduction = (self.kept,) if self.index is IndexKind.POSITION else (self.kept, *self.workload.kernel)
+        return (self.workload.groups, self.block_rows, self.tiles, *reduction, self.oc_tile)
+
+    @property
+    def index_shape(self) -> tuple[int, ...] | None:
+        return None if self.index is IndexKind.NONE else (self.workload.groups, self.block_rows, self.kept)
+
+    @property
+    def channel_stride(self) -> int:
+        """What the index of one channel's input differs by from the next one's (`POSITION`)."""
+        return 1 if self.geometry.reads_input_directly else self.geometry.channel_size
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates on kept weights, padding of short rows included, thrown-away pixels not."""
+        work = self.workload
+        taps = 1 if self.index is IndexKind.POSITION else work.taps
+        return work.batch * work.out_height * work.out_width * work.out_channels * self.kept * taps
+
+    def __str__(self) -> str:
+        copy = "direct" if self.geometry.reads_input_directly else "padded"
+        return f"pixel-vector {self.oc_tile}x{self.vectors_per_tile} {self.index.value} {copy}"
+
+
+def padded_input(geometry: PixelGeometry, data: te.Tensor, fill: float = 0.0) -> te.Tensor:
+    """Return the padded, phase-split copy: (batch, channel, phase, row, column), every phase `pitch` wide."""
+    work = geometry.workload
+    top, left, _, _ = work.padding
+
+    def element(n: Any, c: Any, phase: Any, row: Any, column: Any) -> Any:
+        y = row * work.stride[0] + phase // geometry.phase_columns - top
+        x = column * work.stride[1] + phase % geometry.phase_columns - left
+        inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
+        return tirx.if_then_else(inside, data[n, c, y, x], tirx.const(fill, "float32"))
+
+    shape = (work.batch, work.in_channels, geometry.phases, geometry.plane_rows, geometry.pitch)
+    return te.compute(shape, element, name="pad")
+
+
+@lru_cache(maxsize=512)
+def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
+    """Return the unscheduled PrimFunc of a kernel variant.
+
+    Its arguments, in order: data (N, C, H, W); packed weights (`ConvKernel.weight_shape`); the index table
+    (`ConvKernel.index_shape`) unless the kernel is dense; bias (OC,); the residual (N, OC, OH, OW) if the epilogue adds
+    one; the output (N, OC, OH, OW). All float32 but the table. Heights and widths are those of
+    `kernel.workload`, which may be a reshaped view of the original.
+    """
+    work = kernel.workload
+    data = te.placeholder((work.batch, work.in_channels, work.height, work.width), name="data")
+    weight = te.placeholder(kernel.weight_shape, name="weight")
+    index = None if kernel.index_shape is None else te.placeholder(kernel.index_shape, kernel.index_dtype, name="index")
+    bias = te.placeholder((work.out_channels,), name="bias")
+    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
+    residual = te.placeholder(out_shape, name="residual") if work.epilogue.residual else None
+
+    sums = _sums(kernel, data, weight, index)
+    out = _store(kernel, sums, bias, residual, out_shape)
+    arguments = [data, weight, index, bias, residual, out]
+    func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
+    return func.with_attr({"tirx.noalias": True, "op_pattern": tvm.tirx.IntImm("int32", 8)})
+
+
+def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tensor | None) -> te.Tensor:
+    work, geometry = kernel.workload, kernel.geometry
+    lanes, pitch = geometry.lanes, geometry.pitch
+    direct = geometry.reads_input_directly
+    source = data if direct else padded_input(geometry, data)
+    if kernel.index is IndexKind.POSITION and not direct:
+        source = _flattened(kernel, data)
+    kept = te.reduce_axis((0, kernel.kept), name="kept")
+    ky = te.reduce_axis((0, work.kernel[0]), name="ky")
+    kx = te.reduce_axis((0, work.kernel[1]), name="kx")
+
+    def read(n: Any, chunk: Any, g: Any, row: Any, v: Any, lane: Any) -> Any:
+        pixel = v * lanes + lane
+        if kernel.index is IndexKind.POSITION:
+            assert index is not None
+            start = index[g, row, kept].astype("int32")
+            if direct:
+                return source[n, start, chunk, pixel]
+            return source[n, start + chunk * (geometry.rows_per_chunk * pitch) + pixel]
+        channel = g * work.in_channels_per_group + kept if index is None else index[g, row, kept].astype("int32")
+        if direct:
+            return source[n, channel, chunk, pixel]
+        y, x = ky * work.dilation[0], kx * work.dilation[1]
+        phase = tirx.indexmod(y, work.stride[0]) * geometry.phase_columns + tirx.indexmod(x, work.stride[1])
+        if work.taps == 1:
+            phase = 0
+        tap = tirx.indexdiv(y, work.stride[0]) * pitch + tirx.indexdiv(x, work.stride[1])
+        q = chunk * (geometry.rows_per_chunk * pitch) + tap + pixel
+        return source[n, channel, phase, tirx.indexdiv(q, pitch), tirx.indexmod(q, pitch)]
+
+    def product(n: Any, chunk: Any, g: Any, row: Any, tile: Any, o: Any, v: Any, lane: Any) -> Any:
+        x = read(n, chunk, g, row, v, lane)
+        if kernel.index is IndexKind.POSITION:
+            return te.sum(weight[g, row, tile, kept, o] * x, axis=[kept])
+        return te.sum(weight[g, row, tile, kept, ky, kx, o] * x, axis=[kept, ky, kx])
+
+    shape = (
+        work.batch,
+        geometry.chunks,
+        work.groups,
+        kernel.block_rows,
+        kernel.tiles,
+        kernel.oc_tile,
+        geometry.vectors,
+        lanes,
+    )
+    attrs = {
+        "schedule_rule": CONV_RULE,
+        "tvm_nm_vectors_per_tile": kernel.vectors_per_tile,
+        "tvm_nm_rows_per_task": kernel.rows_per_task,
+        "tvm_nm_block": kernel.block,
+        "tvm_nm_groups": work.groups,
+        # The groups' inputs are disjoint: each task can copy its own and find it in its cache. A table of channels
+        # hides that from the region analysis.
+        "tvm_nm_private_pad": int(work.groups > 1 and index is None),
+        "tvm_nm_rows_per_chunk": geometry.rows_per_chunk,
+        "tvm_nm_taps": 0 if kernel.index is IndexKind.POSITION else work.taps,
+    }
+    return te.compute(shape, product, name="sums", attrs=attrs)
+
+
+def _flattened(kernel: ConvKernel, data: te.Tensor) -> te.Tensor:
+    """Return the padded copy as (batch, element): data-dependent offsets need one flat axis."""
+    geometry = kernel.geometry
+    work = geometry.workload
+    top, left, _, _ = work.padding
+
+    def element(n: Any, flat: Any) -> Any:
+        column = tirx.indexmod(flat, geometry.pitch)
+        row = tirx.indexmod(tirx.indexdiv(flat, geometry.pitch), geometry.plane_rows)
+        phase = tirx.indexmod(tirx.indexdiv(flat, geometry.plane), geometry.phases)
+        y = row * work.stride[0] + tirx.indexdiv(phase, geometry.phase_columns) - top
+        x = column * work.stride[1] + tirx.indexmod(phase, geometry.phase_columns) - left
+        inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
+        channel = tirx.indexdiv(flat, geometry.channel_size)
+        return tirx.if_then_else(inside, data[n, channel, y, x], tirx.const(0.0, "float32"))
+
+    attrs = {"tvm_nm_plane": [work.in_channels * geometry.phases, geometry.plane_rows, geometry.pitch]}
+    return te.compute((work.batch, work.in_channels * geometry.channel_size), element, name="pad", attrs=attrs)
+
+
+def _store(
+    kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Tensor | None, shape: tuple[int, ...]
+) -> te.Tensor:
+    work, geometry = kernel.workload, kernel.geometry
+    per_group, lanes, rows = work.out_channels_per_group, geometry.lanes, geometry.rows_per_chunk
+
+    def element(n: Any, oc: Any, y: Any, x: Any) -> Any:
+        in_group = tirx.indexmod(oc, per_group)
+        in_row = tirx.indexmod(in_group, kernel.block)
+        pixel = tirx.indexmod(y, rows) * geometry.pitch + x
+        value = sums[
+            n,
+            tirx.indexdiv(y, rows),
+            tirx.indexdiv(oc, per_group),
+            tirx.indexdiv(in_group, kernel.block),
+            tirx.indexdiv(in_row, kernel.oc_tile),
+            tirx.indexmod(in_row, kernel.oc_tile),
+            tirx.indexdiv(pixel, lanes),
+            _lane_of(pixel, geometry),
+        ]
+        value = value + bias[oc]
+        if residual is not None:
+            value = value + residual[n, oc, y, x]
+        return activate(value, work.epilogue)
+
+    return te.compute(shape, element, name="out")
+
+
+def _lane_of(pixel: Any, geometry: PixelGeometry) -> Any:
+    """Return pixel mod lanes, such that TVM's region analysis always sees whole vectors.
+
+    Where the wanted columns are fewer than the lanes and rows start on whole vectors, the analysis would narrow the sums
+    to those columns, and odd vector widths compile to slow code; it does not look through a bitwise and.
+    """
+    if geometry.workload.out_width < geometry.lanes:
+        return tirx.bitwise_and(pixel, tirx.const(geometry.lanes - 1, "int32"))
+    return tirx.indexmod(pixel, geometry.lanes)

@@ -1,0 +1,132 @@
+"""What a convolution computes, independent of how: the key of every table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["ConvWorkload", "Epilogue"]
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What is applied to a convolution's sums before they are stored, in this order.
+
+    Attributes
+    ----------
+    residual
+        A tensor of the output's shape is added.
+    clip_min, clip_max
+        Bounds of the activation, None where it has none. ReLU is `(0.0, None)`, ReLU6 `(0.0, 6.0)`.
+
+    The bias is always there; a convolution without one adds zeros.
+    """
+
+    residual: bool = False
+    clip_min: float | None = None
+    clip_max: float | None = None
+
+    def __str__(self) -> str:
+        parts = ["bias"]
+        if self.residual:
+            parts.append("add")
+        if self.clip_min == 0.0 and self.clip_max is None:
+            parts.append("relu")
+        elif self.clip_min is not None or self.clip_max is not None:
+            parts.append(f"clip({self.clip_min},{self.clip_max})")
+        return "+".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvWorkload:
+    """A float32 NCHW convolution with static shapes; 1-D convolutions have `height` 1.
+
+    Attributes
+    ----------
+    batch, in_channels, out_channels, height, width
+        Logical sizes; height and width are the input's.
+    kernel, stride, dilation
+        (vertical, horizontal).
+    padding
+        (top, left, bottom, right), in pixels of zeros.
+    groups
+        Divides both channel counts.
+
+    Raises
+    ------
+    ValueError
+        If sizes are not positive, groups do not divide the channels or the output would be empty.
+    """
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    epilogue: Epilogue = field(default_factory=Epilogue)
+
+    def __post_init__(self) -> None:
+        positive = (self.batch, self.in_channels, self.out_channels, self.height, self.width, self.groups)
+        if min(*positive, *self.kernel, *self.stride, *self.dilation) < 1 or min(self.padding) < 0:
+            raise ValueError(f"sizes must be positive: {self}")
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(
+                f"{self.groups} groups do not divide {self.in_channels} input and {self.out_channels} output channels"
+            )
+        if self.out_height < 1 or self.out_width < 1:
+            raise ValueError(f"the kernel is larger than the padded input: {self}")
+
+    @property
+    def out_height(self) -> int:
+        top, _, bottom, _ = self.padding
+        return (self.height + top + bottom - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        _, left, _, right = self.padding
+        return (self.width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions: KH * KW."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def in_channels_per_group(self) -> int:
+        return self.in_channels // self.groups
+
+    @property
+    def out_channels_per_group(self) -> int:
+        return self.out_channels // self.groups
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1 and self.in_channels_per_group == 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """A 1x1 convolution that reads every input pixel once: stride 1, no padding."""
+        return self.taps == 1 and self.stride == (1, 1) and self.padding == (0, 0, 0, 0)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense convolution."""
+        pixels = self.batch * self.out_height * self.out_width
+        return pixels * self.out_channels * self.in_channels_per_group * self.taps
+
+    def __str__(self) -> str:
+        kh, kw = self.kernel
+        text = f"{self.in_channels}->{self.out_channels} {self.out_height}x{self.out_width} k{kh}x{kw}"
+        if self.batch != 1:
+            text = f"n{self.batch} {text}"
+        if self.stride != (1, 1):
+            text += f" s{self.stride[0]}x{self.stride[1]}"
+        if self.dilation != (1, 1):
+            text += f" d{self.dilation[0]}x{self.dilation[1]}"
+        if self.groups != 1:
+            text += f" g{self.groups}"
+        return text

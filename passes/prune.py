@@ -1,0 +1,123 @@
+"""Zeroes the weights that a plan drops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm_ffi.error import register_error
+
+from tvm_nm.errors import PlanError, UnsupportedModelError
+from tvm_nm.inventory import layer_calls
+from tvm_nm.masks import BoolArray
+from tvm_nm.patterns import Dense
+from tvm_nm.plan import Plan, near_names
+
+__all__ = ["Prune", "prune_masks"]
+
+# A pass runs inside TVM, which turns exceptions that it has not been told of into a RuntimeError.
+register_error(PlanError)
+register_error(UnsupportedModelError)
+
+
+def prune_masks(
+    weights: Mapping[str, NDArray[Any]], plan: Plan, groups: Mapping[str, int] | None = None
+) -> dict[str, BoolArray]:
+    """Choose the weights to keep in every layer that the plan prunes: those of the largest L1 norm.
+
+    Parameters
+    ----------
+    weights
+        Every layer's weight by name, shape (OC, IC / groups, KH, KW).
+    plan
+        What to prune. Layers that it leaves dense get no mask.
+    groups
+        Groups by layer name; 1 where a name is missing.
+
+    Returns
+    -------
+    Masks by layer name, of the weights' shapes, True where a weight is kept.
+
+    Raises
+    ------
+    PlanError
+        If the plan names a layer without a weight, or one whose weight is not finite.
+    """
+    groups = groups or {}
+    masks = {}
+    for choice in plan.layers:
+        if choice.name not in weights:
+            raise _unknown(choice.name, weights)
+        if isinstance(choice.pattern, Dense):
+            continue
+        saliency = np.abs(weights[choice.name])
+        try:
+            masks[choice.name] = choice.pattern.mask(saliency, choice.density, groups.get(choice.name, 1))
+        except ValueError as error:
+            raise PlanError(f"layer {choice.name!r} cannot be pruned to {choice.pattern}: {error}") from error
+    return masks
+
+
+@tvm.transform.module_pass(opt_level=0, name="tvm_nm.Prune")
+class Prune:
+    """Zero the weights that a plan drops; the module stays plain dense Relax of the same structure.
+
+    Parameters
+    ----------
+    plan
+        What each layer is pruned to, by layer name; other layers stay as they are.
+
+    Raises
+    ------
+    PlanError
+        When the pass runs, if the plan names a layer that the module lacks.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        """Return the pruned module."""
+        calls = {found.layer.name: found for found in layer_calls(mod)}
+        planned = {choice.name for choice in self.plan.layers}
+        weights = {name: found.weight for name, found in calls.items() if name in planned}
+        if missing := planned - calls.keys():
+            raise _unknown(min(missing), calls)
+        masks = prune_masks(weights, self.plan, {name: calls[name].layer.groups for name in weights})
+        # np.where, not a product: that would leave negative zeros.
+        pruned = {
+            calls[name].var: calls[name].as_argument(np.where(mask, weights[name], 0).astype(weights[name].dtype))
+            for name, mask in masks.items()
+        }
+        main = mod.get_global_var("main")
+        result = mod.clone()
+        result.update_func(main, _Replace(mod, pruned).visit_expr(mod[main]))
+        return result
+
+
+def _unknown(name: str, known: Iterable[str]) -> PlanError:
+    return PlanError(f"the plan names layer {name!r}, which the model does not have; {near_names(name, known)}")
+
+
+@mutator
+class _Replace(PyExprMutator):  # type: ignore[misc]
+    """Puts new weights into the calls that are bound to the given variables."""
+
+    def __init__(self, mod: tvm.IRModule, weights: Mapping[Any, NDArray[Any]]) -> None:
+        super().__init__(mod)
+        self.weights = weights
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        """Replace the second argument of a chosen call."""
+        weight = self.weights.get(binding.var)
+        if weight is not None:
+            call = binding.value
+            constant = relax.const(weight)
+            value = relax.Call(call.op, [call.args[0], constant], call.attrs, call.ty_args)
+            binding = relax.VarBinding(binding.var, value)
+        super().visit_var_binding_(binding)

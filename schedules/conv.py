@@ -147,7 +147,7 @@ def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
     out = _store(kernel, sums, bias, residual, out_shape)
     arguments = [data, weight, index, bias, residual, out]
     func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
-    return func.with_attr({"tirx.noalias": True, "op_pattern": tvm.tirx.IntImm("int32", 8)})
+    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
 
 
 def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tensor | None) -> te.Tensor:

@@ -166,7 +166,7 @@ def fc_prim_func(kernel: FcKernel) -> tvm.tirx.PrimFunc:
     out = te.compute(shape, element, name="out")
     arguments = [data, weight, index, bias, residual, out]
     func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
-    return func.with_attr({"tirx.noalias": True, "op_pattern": tvm.tirx.IntImm("int32", 8)})
+    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
 
 
 @tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{FC_RULE}", override=True)

@@ -57,9 +57,9 @@ def _is_flat(sch: s_tir.Schedule, block: Any) -> bool:
     for region in [*stmt.reads, *stmt.writes]:
         if len(region.region) != len(iterators):
             return False
-        for axis, variable, size in zip(region.region, iterators, region.buffer.shape, strict=True):
+        for axis, variable, size in zip(region.region, iterators, region.source.shape, strict=True):
             full = int(axis.extent) == 1 and (axis.min.same_as(variable) or (int(size) == 1 and _is_zero(axis.min)))
-            if not full or int(size) != int(stmt.writes[0].buffer.shape[iterators.index(variable)]):
+            if not full or int(size) != int(stmt.writes[0].source.shape[iterators.index(variable)]):
                 return False
     return True
 

@@ -104,7 +104,7 @@ def target_from_json(config: dict[str, Any], threads: int | None = None) -> tvm.
     """
     config = dict(config)
     if config.get("kind") != "llvm":
-        raise EnvironmentMismatchError(f"target kind {config.get('kind')!r} is not supported; use \"llvm\"")
+        raise EnvironmentMismatchError(f'target kind {config.get("kind")!r} is not supported; use "llvm"')
     cores = threads or config.get("num-cores") or usable_threads()
     config["num-cores"] = int(cores)
     try:

@@ -108,7 +108,7 @@ def pool_prim_func(kernel: PoolKernel) -> tvm.tirx.PrimFunc:
 
     out = te.compute((work.batch, work.out_channels, work.out_height, work.out_width), element, name="out")
     func = te.create_prim_func([data, out])
-    return func.with_attr({"tirx.noalias": True, "op_pattern": tvm.tirx.IntImm("int32", 8)})
+    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
 
 
 def _valid_taps(kernel: PoolKernel, y: Any, x: Any) -> Any:

@@ -1,0 +1,150 @@
+"""Finds the bias, residual add and activation that follow a layer and can be computed in its kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_nm.inventory import LayerCall
+from tvm_nm.passes.dataflow import _variables as variables
+from tvm_nm.passes.dataflow import constant_of, is_call, static_shape
+from tvm_nm.workload import Epilogue
+
+__all__ = ["FusedLayer", "fuse_epilogues", "scalar"]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedLayer:
+    """A layer and the bindings that its kernel replaces.
+
+    Attributes
+    ----------
+    found
+        The layer's call.
+    absorbed
+        Variables whose bindings disappear: the call and all of the chain but its end.
+    end
+        Variable that the kernel's output is bound to.
+    bias
+        (OC,) float32; zeros where the layer has none.
+    residual
+        Expression that is added, or None.
+    epilogue
+        What the kernel applies.
+    """
+
+    found: LayerCall
+    absorbed: tuple[Any, ...]
+    end: Any
+    bias: npt.NDArray[np.float32]
+    residual: Any
+    epilogue: Epilogue
+
+
+class _Graph:
+    """Bindings of one function, with their users."""
+
+    def __init__(self, bindings: Sequence[Any], result: Any) -> None:
+        self.value: dict[Any, Any] = {binding.var: binding.value for binding in bindings}
+        self.order: dict[Any, int] = {binding.var: position for position, binding in enumerate(bindings)}
+        self._users: dict[Any, list[Any]] = {}
+        self._uses: Counter[Any] = Counter(variables(result))
+        for binding in bindings:
+            for operand in variables(binding.value):
+                self._uses[operand] += 1
+                self._users.setdefault(operand, []).append(binding.var)
+
+    def only_user(self, var: Any) -> Any:
+        """Return the variable whose binding is the only use of `var`, or None."""
+        users = self._users.get(var, [])
+        return users[0] if self._uses[var] == 1 and len(users) == 1 else None
+
+
+def fuse_epilogues(calls: Sequence[LayerCall], bindings: Sequence[Any], result: Any) -> tuple[FusedLayer, ...]:
+    """Attach to every layer the longest chain ``+ bias, + residual, clip`` whose links have no other use.
+
+    An add of two layers goes to the later one, when the other's output is already there.
+
+    Parameters
+    ----------
+    calls
+        The layers.
+    bindings
+        All bindings of the function, in order.
+    result
+        What it returns.
+    """
+    graph = _Graph(bindings, result)
+    claimed: set[Any] = set()
+    fused = [_follow(found, graph, claimed) for found in sorted(calls, key=lambda c: -graph.order[c.var])]
+    return tuple(sorted(fused, key=lambda layer: layer.found.layer.index))
+
+
+def _follow(found: LayerCall, graph: _Graph, claimed: set[Any]) -> FusedLayer:
+    channels = found.layer.weight_shape[0]
+    bias = np.zeros(channels, np.float32)
+    residual = None
+    clip: tuple[float | None, float | None] | None = None
+    chain = [found.var]
+    while clip is None:
+        user = graph.only_user(chain[-1])
+        if user is None or user in claimed:
+            break
+        value = graph.value[user]
+        addend = _other_operand(value, chain[-1])
+        vector = None if addend is None else _channel_vector(addend, channels, len(found.layer.output_shape))
+        if vector is not None and residual is None:
+            bias = bias + vector
+        elif addend is not None and residual is None and static_shape(addend) == found.layer.output_shape:
+            residual = addend
+        else:
+            clip = _clip_bounds(value)
+            if clip is None:
+                break
+        claimed.add(user)
+        chain.append(user)
+    low, high = clip or (None, None)
+    epilogue = Epilogue(residual is not None, low, high)
+    return FusedLayer(found, tuple(chain[:-1]), chain[-1], bias, residual, epilogue)
+
+
+def _other_operand(value: Any, operand: Any) -> Any:
+    if not is_call(value, "relax.add"):
+        return None
+    left, right = value.args
+    return right if left.same_as(operand) else left
+
+
+def _channel_vector(expr: Any, channels: int, rank: int) -> npt.NDArray[np.float32] | None:
+    """Return a constant that differs only along the channel axis (1 of `rank`, or the last of a matrix) as a vector."""
+    array = constant_of(expr)
+    if array is None:
+        return None
+    shape = (1,) * (rank - array.ndim) + array.shape
+    if any(size != 1 for axis, size in enumerate(shape) if axis != 1):
+        return None
+    if shape[1] not in (1, channels):
+        return None
+    return np.broadcast_to(array.reshape(-1), (channels,)).astype(np.float32)
+
+
+def _clip_bounds(value: Any) -> tuple[float | None, float | None] | None:
+    if is_call(value, "relax.nn.relu"):
+        return 0.0, None
+    if is_call(value, "relax.nn.relu6"):
+        return 0.0, 6.0
+    if is_call(value, "relax.clip"):
+        low, high = (scalar(argument) for argument in value.args[1:3])
+        return (None if np.isneginf(low) else low), (None if np.isposinf(high) else high)
+    return None
+
+
+def scalar(expr: Any) -> float:
+    """Return the value of a constant scalar argument."""
+    inner = getattr(expr, "value", expr)
+    return float(getattr(inner, "value", inner))

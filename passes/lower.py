@@ -1,0 +1,189 @@
+"""Turns convolutions, fully connected layers and pooling into calls of this project's kernels."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from tvm_nm.inventory import LAYERS_ATTR, LayerCall, layer_calls
+from tvm_nm.layer_report import LayerReport
+from tvm_nm.passes.dataflow import is_call, static_shape
+from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
+from tvm_nm.passes.select import Choice, choose_conv, choose_fc, conv_workload
+from tvm_nm.schedules.conv import ConvKernel, conv_prim_func
+from tvm_nm.schedules.fc import FcKernel, fc_prim_func
+from tvm_nm.schedules.machine import machine_of
+from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
+from tvm_nm.workload import ConvWorkload
+
+__all__ = ["REPORTS_ATTR", "Lower", "layer_reports"]
+
+REPORTS_ATTR = "tvm_nm.layer_reports"
+"""Module attribute that `Lower` leaves behind: the layers' reports as JSON."""
+
+
+def layer_reports(mod: tvm.IRModule) -> tuple[LayerReport, ...]:
+    """Return what `Lower` did to each layer of a module, in the order of their calls."""
+    text = mod.get_attr(REPORTS_ATTR)
+    return () if text is None else tuple(LayerReport(**entry) for entry in json.loads(str(text)))
+
+
+@tvm.transform.module_pass(opt_level=0, name="tvm_nm.Lower")
+class Lower:
+    """Replace every layer with constant weights, and every pooling, by a call of a kernel's PrimFunc.
+
+    The zeros in a layer's weights decide: if a sparsity pattern explains them and its kernel is predicted to be faster
+    than the dense one, the weights are packed into values and an index table. The bias, one residual add and one
+    activation that follow a layer, and have no other use, are computed in its kernel.
+
+    The result still holds Relax operators (softmax, concat, ...) for the usual legalisation, and `layer_reports` tells
+    what was done. The PrimFuncs are not scheduled yet.
+
+    Parameters
+    ----------
+    target
+        What kernels are chosen for.
+    always_sparse
+        Use a sparse kernel wherever a pattern explains the zeros, even one that is predicted to lose.
+    """
+
+    def __init__(self, target: tvm.target.Target, *, always_sparse: bool = False) -> None:
+        self._target = target
+        self._always_sparse = always_sparse
+
+    def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        """Return the lowered module."""
+        calls = [found for found in layer_calls(mod) if _has_kernel(found)]
+        main = mod["main"]
+        bindings = [binding for block in main.body.blocks for binding in block.bindings]
+        layers = fuse_epilogues(calls, bindings, main.body.body)
+        lowering = _Lowering(mod, layers, self._target, always_sparse=self._always_sparse)
+        lowered = lowering.run(mod)
+        reports = json.dumps([report.to_dict() for report in lowering.reports])
+        return lowered.without_attr(LAYERS_ATTR).with_attr(REPORTS_ATTR, reports)
+
+
+def _has_kernel(found: LayerCall) -> bool:
+    expressions = (found.call.args[0], found.call.args[1], found.var)
+    floats = all(str(expr.ty.dtype) == "float32" for expr in expressions)
+    return floats and (found.layer.kind == "conv" or len(found.layer.input_shape) == 2)
+
+
+@mutator
+class _Lowering(PyExprMutator):  # type: ignore[misc]
+    def __init__(
+        self, mod: tvm.IRModule, layers: tuple[FusedLayer, ...], target: tvm.target.Target, *, always_sparse: bool
+    ) -> None:
+        super().__init__(mod)
+        self._machine = machine_of(target)
+        self._always_sparse = always_sparse
+        self._by_end = {layer.end: layer for layer in layers}
+        self._absorbed = {var for layer in layers for var in layer.absorbed}
+        self.reports: list[LayerReport] = []
+
+    def run(self, mod: tvm.IRModule) -> tvm.IRModule:
+        self.builder_.update_func(mod.get_global_var("main"), self.visit_expr(mod["main"]))
+        return self.builder_.get()
+
+    def visit_var_binding_(self, binding: relax.VarBinding) -> None:
+        if binding.var in self._absorbed:
+            return
+        layer = self._by_end.get(binding.var)
+        value = self._layer(layer) if layer is not None else self._pool(binding.value)
+        if value is None:
+            super().visit_var_binding_(binding)
+            return
+        emit = self.builder_.emit if isinstance(binding.var, relax.DataflowVar) else self.builder_.emit_output
+        self.set_var_remap(binding.var, emit(value, binding.var.name))
+
+    def _layer(self, fused: FusedLayer) -> relax.Call:
+        layer = fused.found.layer
+        choose = choose_conv if layer.kind == "conv" else choose_fc
+        weights = fused.found.weight
+        choice = choose(layer, weights, fused.epilogue, self._machine, always_sparse=self._always_sparse)
+        kernel = choice.kernel
+        if isinstance(kernel, ConvKernel):
+            work = kernel.workload
+            function = self.builder_.add_func(conv_prim_func(kernel), "tvm_nm_conv")
+            in_shape = (work.batch, work.in_channels, work.height, work.width)
+            out_shape: tuple[int, ...] = (work.batch, work.out_channels, work.out_height, work.out_width)
+        else:
+            function = self.builder_.add_func(fc_prim_func(kernel), "tvm_nm_fc")
+            in_shape, out_shape = layer.input_shape, layer.output_shape
+        arguments = [
+            self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape),
+            relax.const(choice.packed.values),
+        ]
+        if choice.packed.index is not None:
+            arguments.append(relax.const(choice.packed.index))
+        arguments.append(relax.const(fused.bias))
+        if fused.residual is not None:
+            arguments.append(self._shaped(self.visit_expr(fused.residual), out_shape))
+        self.reports.append(_report(fused, choice, function.name_hint))
+        call = relax.call_tir(function, arguments, relax.TensorType(out_shape, "float32"))
+        if out_shape == layer.output_shape:
+            return call
+        return relax.op.reshape(self.builder_.emit(call), layer.output_shape)
+
+    def _shaped(self, expr: Any, shape: tuple[int, ...]) -> Any:
+        return expr if static_shape(expr) == shape else self.builder_.emit(relax.op.reshape(expr, shape))
+
+    def _pool(self, value: Any) -> relax.Call | None:
+        if not is_call(value, "relax.nn.max_pool2d", "relax.nn.avg_pool2d"):
+            return None
+        attrs = value.attrs
+        shape, out_shape = static_shape(value.args[0]), static_shape(value)
+        if shape is None or out_shape is None or attrs.layout != "NCHW" or str(value.ty.dtype) != "float32":
+            return None
+        kernel_size, stride, dilation = (_pair(attrs.pool_size), _pair(attrs.strides), _pair(attrs.dilation))
+        top, left, bottom, right = (int(pad) for pad in attrs.padding)
+        # Ceil mode makes windows that begin inside the input but end beyond its padding: pad as far as they reach.
+        reach = [
+            (out - 1) * step + (size - 1) * gap + 1
+            for out, step, size, gap in zip(out_shape[2:], stride, kernel_size, dilation, strict=True)
+        ]
+        padding = (top, left, max(bottom, reach[0] - shape[2] - top), max(right, reach[1] - shape[3] - left))
+        channels = shape[1]
+        work = ConvWorkload(
+            shape[0], channels, channels, shape[2], shape[3], kernel_size, stride, padding, dilation, channels
+        )
+        if (work.out_height, work.out_width) != out_shape[2:]:
+            return None
+        kind = PoolKind.MAX
+        if value.op.name == "relax.nn.avg_pool2d":
+            kind = PoolKind.AVERAGE_INCLUDE_PAD if attrs.count_include_pad else PoolKind.AVERAGE
+        kernel = choose_pool_kernel(work, kind, (top, left, bottom, right), self._machine)
+        function = self.builder_.add_func(pool_prim_func(kernel), "tvm_nm_pool")
+        data = self.visit_expr(value.args[0])
+        return relax.call_tir(function, [data], relax.TensorType(out_shape, "float32"))
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = (int(value) for value in values)
+    return first, second
+
+
+def _report(fused: FusedLayer, choice: Choice, function: str) -> LayerReport:
+    layer, kernel = fused.found.layer, choice.kernel
+    if isinstance(kernel, FcKernel):
+        workload = f"{kernel.in_features}->{kernel.out_features} fc" + (f" n{kernel.batch}" if kernel.batch > 1 else "")
+    else:
+        workload = str(conv_workload(layer, fused.epilogue))
+    return LayerReport(
+        name=layer.name,
+        kind=layer.kind,
+        workload=workload,
+        epilogue=str(fused.epilogue),
+        pattern=choice.pattern,
+        density=choice.density,
+        kernel=str(kernel),
+        function=function,
+        macs=layer.macs,
+        kept_macs=kernel.macs,
+        packed_bytes=choice.packed.bytes,
+        note=choice.note,
+    )

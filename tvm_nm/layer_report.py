@@ -1,0 +1,57 @@
+"""What became of each layer of a built model: one row of the report, the manifest and the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["LayerReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One convolution or fully connected layer of a built module.
+
+    Attributes
+    ----------
+    name
+        The ONNX node's name.
+    kind
+        `conv` or `fc`.
+    workload
+        Shape in words, such as `64->64 56x56 k3x3`.
+    epilogue
+        What was fused into the kernel, such as `bias+add+relu`.
+    pattern
+        Sparsity pattern that the kernel exploits; `dense` where it exploits none.
+    density
+        Share of the weights that are not zero.
+    kernel
+        Kernel variant in words.
+    function
+        Name of the PrimFunc; layers of equal kernels share one. The k-th call of any layer's function in a run belongs
+        to the k-th report.
+    macs, kept_macs
+        Multiply-accumulates of the dense layer, and those that the kernel executes.
+    packed_bytes
+        Size of packed values and indices.
+    note
+        Why a layer with zeros stayed dense; empty otherwise.
+    """
+
+    name: str
+    kind: str
+    workload: str
+    epilogue: str
+    pattern: str
+    density: float
+    kernel: str
+    function: str
+    macs: int
+    kept_macs: int
+    packed_bytes: int
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return asdict(self)

@@ -1,0 +1,103 @@
+"""The ordered passes from a canonical module to scheduled code, as a list, a named Relax pipeline and a build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
+
+from tvm_nm.layer_report import LayerReport
+from tvm_nm.passes.lower import Lower, layer_reports
+from tvm_nm.schedules.apply import ApplyDefaultSchedules, pass_context
+
+__all__ = ["PIPELINE", "Built", "build_executable", "lowering_passes", "scheduling_passes", "tvm_nm_pipeline"]
+
+PIPELINE = "tvm_nm"
+"""Name under which Relax knows the pipeline: ``tvm.compile(mod, target, relax_pipeline="tvm_nm")``."""
+
+
+def lowering_passes(target: tvm.target.Target, *, always_sparse: bool = False) -> list[tvm.transform.Pass]:
+    """Return the passes from a canonical (perhaps pruned) module to one of unscheduled PrimFuncs only."""
+    return [
+        Lower(target, always_sparse=always_sparse),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+        # Reshapes become views here; once scheduled they would not be recognised.
+        relax.transform.RewriteDataflowReshape(),
+    ]
+
+
+def scheduling_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
+    """Return the passes that schedule the PrimFuncs and lower Relax to the virtual machine."""
+    return [
+        ApplyDefaultSchedules(target),
+        *cpu_generic.dataflow_lower_passes(target),
+        *cpu_generic.finalize_passes(target),
+    ]
+
+
+@relax.register_pipeline(PIPELINE)  # type: ignore[untyped-decorator]
+def tvm_nm_pipeline(target: tvm.target.Target | None = None) -> tvm.transform.Pass:
+    """Return the whole pipeline for `tvm.compile`, from a canonical module to the virtual machine.
+
+    Build within `tvm_nm.schedules.apply.pass_context()` for full speed.
+
+    Parameters
+    ----------
+    target
+        Default: the current target.
+    """
+
+    @tvm.transform.module_pass(opt_level=0, name=PIPELINE)  # type: ignore[untyped-decorator]
+    def pipeline(mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        chosen = target or tvm.target.Target.current(allow_none=False)
+        with chosen:
+            return tvm.transform.Sequential([*lowering_passes(chosen), *scheduling_passes(chosen)])(mod)
+
+    return pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A built module.
+
+    Attributes
+    ----------
+    executable
+        The Relax virtual machine's executable, to be exported or run.
+    layers
+        What became of each layer, in call order.
+    """
+
+    executable: Any
+    layers: tuple[LayerReport, ...]
+
+
+def build_executable(module: tvm.IRModule, target: tvm.target.Target, *, always_sparse: bool = False) -> Built:
+    """Lower, schedule and compile a canonical module.
+
+    Parameters
+    ----------
+    module
+        What `import_onnx` returns, perhaps pruned; it is not changed.
+    target
+        An LLVM target whose `num-cores` is the number of threads.
+    always_sparse
+        See `Lower`.
+    """
+    with target, pass_context():
+        lowered = tvm.transform.Sequential(lowering_passes(target, always_sparse=always_sparse))(module)
+        reports = layer_reports(lowered)
+        scheduled = tvm.transform.Sequential(scheduling_passes(target))(lowered)
+        executable = tvm.compile(scheduled, target, relax_pipeline=_already_lowered())
+    return Built(executable, reports)
+
+
+def _already_lowered() -> tvm.transform.Pass:
+    return tvm.transform.Sequential([])

@@ -72,13 +72,13 @@ class ConvWorkload:
     def __post_init__(self) -> None:
         positive = (self.batch, self.in_channels, self.out_channels, self.height, self.width, self.groups)
         if min(*positive, *self.kernel, *self.stride, *self.dilation) < 1 or min(self.padding) < 0:
-            raise ValueError(f"sizes must be positive: {self}")
+            raise ValueError(f"sizes must be positive: {self!r}")
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(
                 f"{self.groups} groups do not divide {self.in_channels} input and {self.out_channels} output channels"
             )
         if self.out_height < 1 or self.out_width < 1:
-            raise ValueError(f"the kernel is larger than the padded input: {self}")
+            raise ValueError(f"the kernel is larger than the padded input: {self!r}")
 
     @property
     def out_height(self) -> int:

@@ -59,6 +59,9 @@ class ConvKernel:
         Default pixel vectors of the register tile.
     rows_per_task
         Default block rows that one parallel task computes.
+    kept_per_block
+        Default length of the blocks that the reduction is cut into, a divisor of `kept`; 0 sums the whole reduction in
+        registers.
     """
 
     geometry: PixelGeometry
@@ -69,6 +72,7 @@ class ConvKernel:
     index_dtype: str
     vectors_per_tile: int
     rows_per_task: int
+    kept_per_block: int = 0
 
     @property
     def workload(self) -> ConvWorkload:
@@ -200,6 +204,7 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         "schedule_rule": CONV_RULE,
         "tvm_nm_vectors_per_tile": kernel.vectors_per_tile,
         "tvm_nm_rows_per_task": kernel.rows_per_task,
+        "tvm_nm_kept_per_block": kernel.kept_per_block,
         "tvm_nm_block": kernel.block,
         "tvm_nm_groups": work.groups,
         # The groups' inputs are disjoint: each task can copy its own and find it in its cache. A table of channels

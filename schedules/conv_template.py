@@ -54,8 +54,8 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     """
     out = sch.get_consumers(sums)[0]
     groups = _attribute(sch, sums, "tvm_nm_groups")
-    taps = _attribute(sch, sums, "tvm_nm_taps")
     block = _attribute(sch, sums, "tvm_nm_block")
+    private_pad = bool(_attribute(sch, sums, "tvm_nm_private_pad"))
     oc_tile, vectors = (int(sch.get(loop).extent) for loop in sch.get_loops(sums)[5:7])
     block_rows = int(sch.get(sch.get_loops(sums)[3]).extent)
     default_vectors = _attribute(sch, sums, "tvm_nm_vectors_per_tile")
@@ -63,15 +63,17 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
 
     vector_choices = list(range(1, min(vectors, max(default_vectors, _MOST_ACCUMULATORS // oc_tile)) + 1))
     vectors_per_tile = _choose(sch, vector_choices, default_vectors)
-    rows_per_task = _choose(sch, _divisors(block_rows, block_rows), default_rows)
+    per_group = int(sch.get(sch.get_loops(out)[1]).extent) // groups
 
     # One task: a chunk of rows, some block rows of one group.
     n, oc, y, x = sch.get_loops(out)
     chunk, row = sch.split(y, [None, _attribute(sch, sums, "tvm_nm_rows_per_chunk")])
     group, in_group = sch.split(oc, [groups, None])
-    if block_rows == 1:
+    if per_group % block:
+        # A short last block row: the task spans them all, so that the epilogue needs no bounds checks.
         task_rows, channel = sch.split(in_group, [1, None])
     else:
+        rows_per_task = _choose(sch, _divisors(block_rows, block_rows), default_rows)
         task_rows, rows_of_task, in_row = sch.split(in_group, [None, rows_per_task, block])
         channel = sch.fuse(rows_of_task, in_row)
     sch.reorder(n, chunk, group, task_rows, channel, row, x)
@@ -79,33 +81,76 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     sch.parallel(task)
 
     pads = [producer for producer in sch.get_producers(sums) if sch.get(producer).name_hint == "pad"]
+    if _attribute(sch, sums, "tvm_nm_kept_per_block"):
+        _accumulate_in_scratch(sch, sums, task, vectors_per_tile)
+    else:
+        _accumulate_in_registers(sch, sums, task, vectors_per_tile)
+    for pad in pads:
+        _schedule_pad(sch, pad, task, private=private_pad)
+    return [sch]
+
+
+def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any) -> None:
+    """Sum a register tile over the whole reduction, then flush it to the task's scratch."""
+    taps = _attribute(sch, sums, "tvm_nm_taps")
     flush = sch.cache_write(sums, 0, "local")
     sch.compute_at(flush, task, preserve_unit_loops=True)
-    n1, chunk1, group1, row1, tile1, o1, v1, lane1 = sch.get_loops(flush)[-8:]
-    tile_outer, tile_inner = sch.split(v1, [None, vectors_per_tile])
-    sch.reorder(n1, chunk1, group1, tile_outer, row1, tile1, o1, tile_inner, lane1)
-    # The last tile may be shorter; LoopPartition gives it its own code, so that full tiles carry no bounds checks.
-    sch.annotate(tile_outer, "pragma_loop_partition_hint", 1)
-    sch.vectorize(lane1)
+    n, chunk, group, row, tile, o, vector, lane = sch.get_loops(flush)[-8:]
+    tile_outer, tile_inner = _split_tile(sch, vector, vectors_per_tile)
+    sch.reorder(n, chunk, group, tile_outer, row, tile, o, tile_inner, lane)
+    sch.vectorize(lane)
     sch.unroll(tile_inner)
-    sch.unroll(o1)
+    sch.unroll(o)
 
-    sch.compute_at(sums, tile1, preserve_unit_loops=True)
+    sch.compute_at(sums, tile, preserve_unit_loops=True)
     loops = sch.get_loops(sums)
-    reduction_loops = 3 if taps else 1
-    reduction, (o2, v2, lane2) = loops[-reduction_loops:], loops[-reduction_loops - 3 : -reduction_loops]
-    sch.reorder(*reduction, o2, v2, lane2)
-    sch.vectorize(lane2)
-    sch.unroll(v2)
-    sch.unroll(o2)
-    if len(reduction) == 3:
-        sch.unroll(reduction[2])
-        if taps <= _MAX_UNROLLED_TAPS:
-            sch.unroll(reduction[1])
+    split = len(loops) - (3 if taps else 1)
+    reduction, (o, vector, lane) = loops[split:], loops[split - 3 : split]
+    sch.reorder(*reduction, o, vector, lane)
+    sch.vectorize(lane)
+    sch.unroll(vector)
+    sch.unroll(o)
+    _unroll_taps(sch, reduction, taps)
     sch.decompose_reduction(sums, reduction[0])
-    for pad in pads:
-        _schedule_pad(sch, pad, task, private=bool(_attribute(sch, sums, "tvm_nm_private_pad")))
-    return [sch]
+
+
+def _accumulate_in_scratch(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any) -> None:
+    """Sum over blocks of the reduction, all block rows for each, so that a block's inputs stay in L1.
+
+    With few output channels sharing a load, every FMA needs a load of its own: they must come from L1. LLVM keeps a
+    register tile in registers within a block and carries it through the scratch between blocks.
+    """
+    taps = _attribute(sch, sums, "tvm_nm_taps")
+    default = _attribute(sch, sums, "tvm_nm_kept_per_block")
+    sch.compute_at(sums, task, preserve_unit_loops=True)
+    loops = sch.get_loops(sums)
+    split = len(loops) - (3 if taps else 1)
+    reduction, (n, chunk, group, row, tile, o, vector, lane) = loops[split:], loops[split - 8 : split]
+    kept_choices = _divisors(int(sch.get(reduction[0]).extent), int(sch.get(reduction[0]).extent))
+    block_outer, block_inner = sch.split(reduction[0], [None, _choose(sch, kept_choices, default)])
+    tile_outer, tile_inner = _split_tile(sch, vector, vectors_per_tile)
+    taps_loops = list(reduction[1:])
+    sch.reorder(n, chunk, group, tile_outer, block_outer, row, tile, block_inner, *taps_loops, o, tile_inner, lane)
+    sch.vectorize(lane)
+    sch.unroll(tile_inner)
+    sch.unroll(o)
+    _unroll_taps(sch, [block_inner, *taps_loops], taps)
+    sch.decompose_reduction(sums, block_outer)
+
+
+def _split_tile(sch: s_tir.Schedule, vector: Any, vectors_per_tile: Any) -> tuple[Any, Any]:
+    outer, inner = sch.split(vector, [None, vectors_per_tile])
+    # The last tile may be shorter; LoopPartition gives it its own code, so that full tiles carry no bounds checks.
+    sch.annotate(outer, "pragma_loop_partition_hint", 1)
+    return outer, inner
+
+
+def _unroll_taps(sch: s_tir.Schedule, reduction: Any, taps: int) -> None:
+    if not taps:
+        return
+    sch.unroll(reduction[2])
+    if taps <= _MAX_UNROLLED_TAPS:
+        sch.unroll(reduction[1])
 
 
 def _schedule_pad(sch: s_tir.Schedule, pad: Any, task: Any, *, private: bool) -> None:

@@ -16,15 +16,17 @@ __all__ = ["choose_kernel", "predicted_cycles"]
 
 _L1_BYTES = 40 * 1024
 _L2_BYTES_PER_CYCLE = 28.0
-_COPY_BYTES_PER_CYCLE = 6.0
+_COPY_BYTES_PER_CYCLE = 8.0
 _FMA_LATENCY = 4.0
 _LOOP_OVERHEAD = 0.6
 _STRADDLE = 1.7
 _TASK_OVERHEAD = 300.0
+_FLUSH_CYCLES_PER_VECTOR = 1.5
 
 # A task's sums stay in L2 beside its inputs.
 _MAX_SCRATCH_BYTES = 192 * 1024
 _MAX_CHUNK_INPUT_BYTES = 1 << 20
+_MAX_BLOCKED_OC_TILE = 3
 
 
 def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_channels: int) -> float:
@@ -37,6 +39,14 @@ def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_
     if bytes_per_channel * reduction_channels > _L1_BYTES:
         cycles = max(cycles, bytes_per_channel / work.taps / _L2_BYTES_PER_CYCLE)
     return cycles + _LOOP_OVERHEAD
+
+
+def _flush_cycles(kernel: ConvKernel) -> float:
+    """Cycles of carrying a chunk's sums through the scratch between blocks of the reduction, for one tile of channels."""
+    if not kernel.kept_per_block:
+        return 0.0
+    blocks = kernel.kept // kernel.kept_per_block
+    return blocks * kernel.geometry.vectors * kernel.oc_tile * _FLUSH_CYCLES_PER_VECTOR
 
 
 def _chunk_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_channels: int) -> float:
@@ -59,7 +69,10 @@ def predicted_cycles(kernel: ConvKernel) -> float:
     steps = kernel.kept * (1 if kernel.index is IndexKind.POSITION else work.taps)
     channels = kernel.kept if kernel.index is not IndexKind.POSITION else -(-kernel.kept // work.taps)
     tiles = work.batch * geometry.chunks * work.groups * kernel.block_rows * kernel.tiles
-    compute = tiles * steps * _chunk_cycles(geometry, kernel.oc_tile, kernel.vectors_per_tile, channels)
+    if kernel.kept_per_block:
+        channels = channels * kernel.kept_per_block // kernel.kept
+    per_tile = steps * _chunk_cycles(geometry, kernel.oc_tile, kernel.vectors_per_tile, channels) + _flush_cycles(kernel)
+    compute = tiles * per_tile
     tasks = work.batch * geometry.chunks * work.groups * -(-kernel.block_rows // kernel.rows_per_task)
     scratch = kernel.rows_per_task * kernel.block * geometry.vectors * geometry.lanes * 4
     rows_read = geometry.rows_per_chunk + work.kernel[0] - 1
@@ -96,9 +109,10 @@ def choose_kernel(
         kept = workload.in_channels_per_group * (workload.taps if index is IndexKind.POSITION else 1)
     geometries = candidate_geometries(workload, machine.lanes)
     variants = [
-        _variant(geometry, machine, block, oc_tile, index, kept)
+        _variant(geometry, machine, block, oc_tile, index, kept, kept_per_block)
         for oc_tile in _oc_tiles(workload, machine, block)
         for geometry in geometries
+        for kept_per_block in _reduction_blocks(kept, oc_tile)
     ]
     return min(variants, key=predicted_cycles)
 
@@ -106,18 +120,34 @@ def choose_kernel(
 def _oc_tiles(workload: ConvWorkload, machine: Machine, block: int | None) -> list[int]:
     per_group = workload.out_channels_per_group
     if block is None:
-        return [tile for tile in (8, 6, 4) if tile <= per_group] or [per_group]
+        # A tile that does not divide the channels computes some for nothing and bounds-checks the epilogue.
+        dividing = [tile for tile in (8, 7, 6, 5, 4) if per_group % tile == 0]
+        return dividing or [min(per_group, 8)]
     block = min(block, per_group)
     dividing = [tile for tile in range(8, 3, -1) if block % tile == 0]
     return dividing or [block if block < 8 else 8]
 
 
+def _reduction_blocks(kept: int, oc_tile: int) -> list[int]:
+    """Return block lengths to try, 0 for none: blocking pays where few output channels share a load."""
+    if oc_tile > _MAX_BLOCKED_OC_TILE:
+        return [0]
+    return [0, *(size for size in range(8, min(kept, 257)) if kept % size == 0)]
+
+
 def _variant(
-    geometry: PixelGeometry, machine: Machine, block: int | None, oc_tile: int, index: IndexKind, kept: int
+    geometry: PixelGeometry,
+    machine: Machine,
+    block: int | None,
+    oc_tile: int,
+    index: IndexKind,
+    kept: int,
+    kept_per_block: int,
 ) -> ConvKernel:
     work = geometry.workload
     row_block = min(block or oc_tile, work.out_channels_per_group)
-    channels = kept if index is not IndexKind.POSITION else -(-kept // work.taps)
+    length = kept_per_block or kept
+    channels = length if index is not IndexKind.POSITION else -(-length // work.taps)
     most = max(1, machine.accumulators // oc_tile)
     vectors = min(
         range(1, min(most, geometry.vectors) + 1),
@@ -133,6 +163,7 @@ def _variant(
         index_dtype=_index_dtype(geometry, index),
         vectors_per_tile=vectors,
         rows_per_task=_rows_per_task(geometry, machine, row_block, rows),
+        kept_per_block=kept_per_block,
     )
 
 
@@ -148,6 +179,8 @@ def _rows_per_task(geometry: PixelGeometry, machine: Machine, block: int, rows: 
     work = geometry.workload
     bytes_per_row = block * geometry.vectors * geometry.lanes * 4
     others = work.batch * geometry.chunks * work.groups
+    if work.out_channels_per_group % block:
+        return rows  # a short last block row: the task spans them all, so that the epilogue needs no bounds checks
     best = 1
     for per_task in (d for d in range(2, rows + 1) if rows % d == 0):
         tasks = others * rows // per_task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +54,9 @@ _X86_FAMILIES: tuple[tuple[str, frozenset[str]], ...] = (
     ("x86-64-v2", frozenset({"sse4_2", "popcnt"})),
 )
 
+# What a target triple may begin with. TVM crashes on others.
+_ARCHITECTURES = re.compile(r"x86_64h?|amd64|i[3-6]86|aarch64|arm64e?|arm(v\w+)?|riscv(32|64)")
+
 
 @lru_cache(maxsize=1)
 def _cpu_flags() -> frozenset[str]:
@@ -100,21 +104,32 @@ def target_from_json(config: dict[str, Any], threads: int | None = None) -> tvm.
     Raises
     ------
     EnvironmentMismatchError
-        If TVM refuses it, or it is not an LLVM target, or LLVM does not know the `mcpu`.
+        If TVM refuses it, or it is not an LLVM target, or LLVM does not know the `mtriple`, `mcpu` or a feature in
+        `mattr`.
     """
     config = dict(config)
     if config.get("kind") != "llvm":
         raise EnvironmentMismatchError(f'target kind {config.get("kind")!r} is not supported; use "llvm"')
-    cores = threads or config.get("num-cores") or usable_threads()
-    config["num-cores"] = int(cores)
+    cores = config.get("num-cores", usable_threads()) if threads is None else threads
+    if not isinstance(cores, int) or cores < 1:
+        raise EnvironmentMismatchError(f"num-cores must be a positive integer, not {cores!r}")
+    config["num-cores"] = cores
+    triple = str(config.get("mtriple") or tvm.get_global_func("target.llvm_get_system_triple")())
+    if not _ARCHITECTURES.fullmatch(triple.partition("-")[0]):
+        raise EnvironmentMismatchError(
+            f"mtriple {triple!r} names no known architecture; use one such as x86_64-linux-gnu or aarch64-linux-gnu"
+        )
     try:
         target = tvm.target.Target(config)
     except Exception as error:  # TVM raises several types here
         raise EnvironmentMismatchError(f"TVM refuses the target {config}: {str(error).splitlines()[-1]}") from error
     mcpu = target.attrs.get("mcpu")
-    triple = str(target.attrs.get("mtriple", "")) or str(tvm.get_global_func("target.llvm_get_system_triple")())
     if mcpu is not None and not tvm.get_global_func("target.llvm_is_valid_cpu")(str(mcpu), triple):
         raise EnvironmentMismatchError(f"LLVM knows no CPU named {str(mcpu)!r} for {triple}")
+    has_feature = tvm.get_global_func("target.target_has_feature")
+    for feature in config.get("mattr", ()):
+        if feature.startswith("+") and not has_feature(feature[1:], target):
+            raise EnvironmentMismatchError(f"LLVM knows no feature {feature!r} for {mcpu or triple}")
     return target
 
 
@@ -126,6 +141,6 @@ def machine_of(target: tvm.target.Target) -> Machine:
         return Machine(lanes=16, registers=32, threads=threads)
     if has_feature("avx2", target):
         return Machine(lanes=8, registers=16, threads=threads)
-    if "aarch64" in str(target.attrs.get("mtriple", "")):
+    if str(target.attrs.get("mtriple", "")).startswith(("aarch64", "arm64")):
         return Machine(lanes=4, registers=32, threads=threads)
     return Machine(lanes=4, registers=16, threads=threads)

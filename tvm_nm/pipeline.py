@@ -11,6 +11,7 @@ from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.passes.lower import Lower, layer_reports
+from tvm_nm.passes.power import QuarterPowers
 from tvm_nm.schedules.apply import ApplyDefaultSchedules, pass_context
 
 __all__ = ["PIPELINE", "Built", "build_executable", "lowering_passes", "scheduling_passes", "tvm_nm_pipeline"]
@@ -22,6 +23,7 @@ PIPELINE = "tvm_nm"
 def lowering_passes(target: tvm.target.Target, *, always_sparse: bool = False) -> list[tvm.transform.Pass]:
     """Return the passes from a canonical (perhaps pruned) module to one of unscheduled PrimFuncs only."""
     return [
+        QuarterPowers(),
         Lower(target, always_sparse=always_sparse),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),

@@ -2,8 +2,8 @@
 """Train the reference network that tvm_nm ships and write it with its data and model card.
 
 Needs PyTorch (``pip install 'tvm-nm[torch]'``) and Fashion-MNIST's four ``*-ubyte.gz`` files, on Debian and Ubuntu
-``apt-get install dataset-fashion-mnist``. It takes about 20 minutes on two
-idle cores with AMX or AVX-512 BF16. One seed and one thread count give the same network on the same machine.
+``apt-get install dataset-fashion-mnist``. It takes about 20 minutes on two idle cores with AMX or AVX-512 BF16. One
+seed and one thread count give the same network on the same machine.
 
 The network is a small ResNet with what compiled CNNs are made of: 3x3 convolutions in 32, 64 and 128 channels, identity
 and projected shortcuts, and a depthwise-separable step down.

@@ -6,6 +6,7 @@ import logging
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax
 
@@ -77,7 +78,8 @@ def _canonical(name: str, func: relax.Function) -> relax.Function:
     if flow is None:
         _LOG.debug("%s is left as it is: it has control flow, casts or side effects", name)
         return func
-    for _ in range(_MAX_SWEEPS):
-        if not flow.sweep(_RULES):
-            break
+    with np.errstate(all="ignore"):  # weights that overflow do so in the original, too
+        for _ in range(_MAX_SWEEPS):
+            if not flow.sweep(_RULES):
+                break
     return flow.build()

@@ -70,6 +70,7 @@ class Dataflow:
         self._values: dict[Any, Any] = {}
         self._alias: dict[Any, Any] = {}
         self._uses: Counter[Any] = Counter()
+        self._rules: Mapping[str, Sequence[Rule]] = {}
         self._builder = relax.BlockBuilder()
 
     @classmethod
@@ -98,12 +99,15 @@ class Dataflow:
         return self._uses[expr] == 1
 
     def emit(self, value: Any, name: str) -> Any:
-        """Bind a new value ahead of the current one; returns its variable."""
-        value = self._builder.normalize(value)
+        """Bind a new value, rewritten itself, ahead of the current one; returns its variable or what it came to."""
+        outer, self.name = self.name, name
+        value, _ = self._rewrite(self._builder.normalize(value))
+        self.name = outer
+        if not isinstance(value, relax.Call | relax.TupleGetItem):
+            return value
         var = relax.DataflowVar(name, value.ty)
         self._bind(var, value)
-        for operand in _variables(value):
-            self._uses[operand] += 1
+        self._uses.update(_variables(value))
         return var
 
     def sweep(self, rules: Mapping[str, Sequence[Rule]]) -> bool:
@@ -111,11 +115,12 @@ class Dataflow:
         self._prune()
         self._uses = Counter(v for _, value in self._bindings for v in _variables(value))
         self._uses.update(_variables(self._result))
+        self._rules = rules
         old, self._bindings, self._values, self._alias = self._bindings, [], {}, {}
         changed = False
         for var, value in old:
             self.name = var.name
-            new, rewritten = self._rewrite(self._resolve(value), rules)
+            new, rewritten = self._rewrite(self._resolve(value))
             changed |= rewritten
             # Uses of what a rewrite dropped stay counted until the next sweep: too many is safe, too few is not.
             if isinstance(new, relax.Call | relax.TupleGetItem):
@@ -160,10 +165,10 @@ class Dataflow:
         new = _substitute(expr, self._alias)
         return self._builder.normalize(new) if isinstance(new, relax.Call | relax.TupleGetItem | relax.Tuple) else new
 
-    def _rewrite(self, value: Any, rules: Mapping[str, Sequence[Rule]]) -> tuple[Any, bool]:
+    def _rewrite(self, value: Any) -> tuple[Any, bool]:
         rewritten = False
         while True:
-            new = self._apply_one(value, rules)
+            new = self._apply_one(value)
             if new is None:
                 return value, rewritten
             new = self._builder.normalize(new)
@@ -172,7 +177,7 @@ class Dataflow:
                 raise AssertionError(f"rewriting {self.name!r} changed its shape from {before} to {after}")
             value, rewritten = new, True
 
-    def _apply_one(self, value: Any, rules: Mapping[str, Sequence[Rule]]) -> Any:
+    def _apply_one(self, value: Any) -> Any:
         if isinstance(value, relax.TupleGetItem):
             key = TUPLE_ITEM
         elif isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op):
@@ -182,7 +187,7 @@ class Dataflow:
             key = value.op.name
         else:
             return None
-        for rule in rules.get(key, ()):
+        for rule in self._rules.get(key, ()):
             new = rule(self, value)
             if new is not None:
                 return new
@@ -201,7 +206,7 @@ class Dataflow:
 
 def _fold(call: Any) -> Any:
     """Value of a call whose arguments are all constant."""
-    if not all(_is_constant(a) for a in call.args):
+    if not all(_is_constant(a) for a in call.args) or isinstance(call.ty, relax.ShapeType):
         return None
     size = math.prod(static_shape(call) or ())
     if size > _FOLD_ELEMENTS and size > sum(math.prod(static_shape(a) or ()) for a in call.args):

@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import tvm
 
-from tvm_nm.errors import ModelMismatchError
+from tvm_nm.errors import ModelMismatchError, UnsupportedModelError
 from tvm_nm.inventory import LAYERS_ATTR, layer_calls
 from tvm_nm.onnx_checks import check_finite, check_operators, check_types, opset_of
 from tvm_nm.onnx_importer import import_graph
@@ -122,7 +122,10 @@ def import_onnx(
     >>> imported.module["main"]                                                          # doctest: +SKIP
     """
     path = None if isinstance(model, onnx.ModelProto) else Path(model)
-    module, inputs, output_names, graph_name = _to_relax(model, path, shapes or {}, max_bytes)
+    try:
+        module, inputs, output_names, graph_name = _to_relax(model, path, shapes or {}, max_bytes)
+    except UnicodeDecodeError as err:  # protobuf looks at a name only when it is read
+        raise UnsupportedModelError("the model is damaged: a name in it is no valid UTF-8") from err
     outputs = tuple(
         TensorSpec(name, tuple(int(d) for d in ty.shape), str(ty.dtype))
         for name, ty in zip(output_names, _output_types(module), strict=True)

@@ -56,7 +56,11 @@ def import_graph(skeleton: onnx.ModelProto, weights: Weights) -> tuple[tvm.IRMod
     importer = _Importer(weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the importer warns of every name that it changes
-        module = importer.from_onnx(skeleton.graph, opset_of(skeleton))
+        try:
+            module = importer.from_onnx(skeleton.graph, opset_of(skeleton))
+        except UnsupportedModelError:
+            importer.bb._end_block()  # a builder that goes with an open block prints a warning to stderr
+            raise
     _check_static(module, importer.node_names)
     return module, importer.node_names
 
@@ -107,7 +111,7 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     def __init__(self, weights: Weights) -> None:
         super().__init__({}, "float32")
         self._nodes = _Nodes(weights)
-        self._taken: set[str] = set()
+        self._taken = {"main"}  # variables and functions share their names
         self.node_names: dict[str, str] = {}
         self._hint = ""
 

@@ -309,7 +309,7 @@ def _constant_outputs(node: onnx.NodeProto, weights: Weights, known: ValueTypes,
         size = known.shapes.get(node.output[0])
         if size is None:
             return None
-        _check_budget(4 * math.prod(size), node)
+        _check_budget(sum(a.nbytes for a in weights.values()) + 4 * math.prod(size), node)
     try:
         inputs = {name: weights[name] for name in node.input if name}
         outputs = [name for name in node.output if name]

@@ -133,10 +133,11 @@ class NumpyModule:
                     f"input {param.name!r} must be {dtype} {shape}, got {value.dtype} {tuple(value.shape)}"
                 )
             env[param] = value
-        for step in self._steps:
-            env[step.var] = self._run_step(step, env, watch)
-            for var in step.last_uses:
-                del env[var]
+        with np.errstate(all="ignore"):  # infinities and NaN are values like others, as in a compiled module
+            for step in self._steps:
+                env[step.var] = self._run_step(step, env, watch)
+                for var in step.last_uses:
+                    del env[var]
         result = _argument(self._result, env)
         return list(result) if isinstance(result, tuple) else [result]
 
@@ -229,7 +230,7 @@ def _compile_call(call: Any, mod: tvm.IRModule) -> Callable[..., Any]:
         for expr, value in zip(call.args, arguments, strict=True):
             _bind(expr, value, env)
         # The VM's own tensors are aligned as the kernels expect, NumPy's are not.
-        result = vm["main"](*(tvm.runtime.tensor(np.ascontiguousarray(env[v])) for v in variables))
+        result = vm["main"](*(tvm.runtime.tensor(np.asarray(env[v], order="C")) for v in variables))
         return result.numpy() if hasattr(result, "numpy") else tuple(r.numpy() for r in result)
 
     return run

@@ -387,6 +387,9 @@ OPS: dict[str, Operator] = {
     "relax.full": _filled,
     "relax.zeros": lambda call, shape: _filled(call, shape, 0),
     "relax.ones": lambda call, shape: _filled(call, shape, 1),
+    "relax.shape_of": lambda call, x: x.shape,
+    "relax.shape_to_tensor": lambda call, shape: np.array(shape, dtype=np.int64),
+    "relax.tensor_to_shape": lambda call, x: tuple(int(d) for d in x),
     # reductions
     "relax.sum": _reduce(np.sum),
     "relax.mean": _reduce(np.mean),

@@ -21,7 +21,7 @@ __all__ = ["prune_onnx"]
 _WEIGHT = 1  # position of the weight among the inputs of Conv, Gemm and MatMul
 
 
-def prune_onnx(model: onnx.ModelProto, masks: Mapping[str, BoolArray]) -> onnx.ModelProto:
+def prune_onnx(model: onnx.ModelProto, masks: Mapping[str, BoolArray], *, in_place: bool = False) -> onnx.ModelProto:
     """Zero the weights that masks drop, and change nothing else.
 
     A weight that something else reads too, or that is computed from other constants, is replaced by an initialiser of
@@ -30,14 +30,16 @@ def prune_onnx(model: onnx.ModelProto, masks: Mapping[str, BoolArray]) -> onnx.M
     Parameters
     ----------
     model
-        An ONNX model with its weights loaded. It is not changed.
+        An ONNX model with its weights loaded.
     masks
         By node name (for a node without one, the name of its first output), shape (OC, IC / groups, KH, KW), True
         where a weight is kept. A 1-D convolution's KH is 1; those of Gemm and MatMul are (OUT, K, 1, 1).
+    in_place
+        Change `model` instead of a copy, which saves the memory of all weights.
 
     Returns
     -------
-    The pruned copy of the model.
+    The pruned model.
 
     Raises
     ------
@@ -46,8 +48,10 @@ def prune_onnx(model: onnx.ModelProto, masks: Mapping[str, BoolArray]) -> onnx.M
     UnsupportedModelError
         If a weight depends on the model's inputs or its data are not loaded.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = model
+    if not in_place:
+        result = onnx.ModelProto()
+        result.CopyFrom(model)
     graph = _Graph(result)
     readers: dict[str, list[tuple[onnx.NodeProto, str]]] = {}
     for name in masks:
@@ -64,6 +68,7 @@ def prune_onnx(model: onnx.ModelProto, masks: Mapping[str, BoolArray]) -> onnx.M
             else:
                 same.append(node)
         pruned = [np.where(mask, weight, np.zeros((), weight.dtype)) for mask, _ in variants]
+        del weight  # as large as the pruned one
         if len(pruned) == 1 and graph.uses[weight_name] == len(nodes) and graph.overwrite(weight_name, pruned[0]):
             continue
         for value, (_, sharing) in zip(pruned, variants, strict=True):
@@ -150,12 +155,18 @@ class _Graph:
 
     def overwrite(self, name: str, value: NDArray[Any]) -> bool:
         """Give an initialiser or a Constant node a new value; False where `name` is neither."""
-        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
         producer = self._producers.get(name)
         if name in self._initializers:
-            self._initializers[name].CopyFrom(tensor)
+            # Not through a tensor of its own, which would be another copy or two of a weight of 400 MB.
+            tensor = self._initializers[name]
+            element = tensor.data_type
+            tensor.Clear()
+            tensor.name, tensor.data_type = name, element
+            tensor.dims.extend(value.shape)
+            tensor.raw_data = value.tobytes()
         elif producer is not None and producer.op_type == "Constant":
             del producer.attribute[:]
+            tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
             producer.attribute.append(onnx.helper.make_attribute("value", tensor))
         else:
             return False

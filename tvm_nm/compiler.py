@@ -1,0 +1,293 @@
+"""From an ONNX model to a verified artefact."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import tvm
+
+from tvm_nm.artifact import LIBRARY, MANIFEST, REPORT, Manifest, Verification, check_output, staged_artifact
+from tvm_nm.environment import check_environment, missing_features, package_versions, prepare_environment
+from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError, PlanError
+from tvm_nm.frontend import ImportedModel, import_onnx
+from tvm_nm.inventory import inventory, layer_calls
+from tvm_nm.linker import export_library, file_sha256
+from tvm_nm.masks import BoolArray
+from tvm_nm.passes.prune import Prune
+from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
+from tvm_nm.pipeline import build_executable
+from tvm_nm.plan import Plan, uniform_plan
+from tvm_nm.prune_onnx import prune_onnx
+from tvm_nm.reference_run import compare, random_inputs, run_onnx
+from tvm_nm.report import report_text
+from tvm_nm.runtime import CompiledModel, release_memory
+from tvm_nm.schedules.machine import host_target, target_from_json
+
+__all__ = ["DEFAULT_DENSITY", "DEFAULT_PATTERN", "TOLERANCE", "compile", "resolve_pattern", "resolve_target"]
+
+DEFAULT_PATTERN = "1x16"
+DEFAULT_DENSITY = 0.5
+TOLERANCE = 1e-3
+"""Largest difference from onnxruntime that a build may have, relative to the output's largest value.
+
+Rounding in another order gives about 1e-6; a wrong index or a missing halo gives percents.
+"""
+
+_log = logging.getLogger(__name__)
+
+
+def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    pattern: str | SparsityPattern = DEFAULT_PATTERN,
+    density: float | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    threads: int | None = None,
+    target: Mapping[str, Any] | str | tvm.target.Target | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    verify: bool = True,
+    overwrite: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> CompiledModel:
+    """Prune an ONNX model, compile it, check it against onnxruntime and write the artefact.
+
+    Parameters
+    ----------
+    model
+        A file, or a model in memory with its weights.
+    output
+        Directory for the artefact; None builds into a temporary one that lives as long as the returned model.
+    pattern
+        Sparsity pattern, such as ``1x16`` or ``2:4``. ``dense`` prunes nothing; zeros that the model already has in
+        a pattern are exploited all the same.
+    density
+        Share of weights kept; default: what the pattern implies, or else 0.5.
+    include, exclude
+        Globs of layers to prune although they are spared by default, and of layers to leave alone; see
+        `tvm_nm.plan.uniform_plan`.
+    threads
+        Number of threads to build for; default: the processors that this process may use.
+    target
+        TVM target, as a dictionary, its JSON or a `tvm.target.Target`; default: this machine.
+    shapes
+        Shapes of inputs that have symbolic axes.
+    verify
+        Compare the library's outputs on a random input with those of onnxruntime running the pruned model.
+    overwrite
+        Whether an artefact at `output` is replaced.
+    progress
+        Called with the name of each step when it starts.
+
+    Returns
+    -------
+    CompiledModel
+        The model, ready to be called.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model cannot be read or holds something that cannot be compiled.
+    PlanError
+        If pattern and density do not go together, or a glob matches no layer.
+    ModelMismatchError
+        If the outputs differ by more than `TOLERANCE`.
+    ArtifactError
+        If `output` holds something else or cannot be written; nothing is left behind.
+    EnvironmentMismatchError
+        If TVM has the wrong version, the target is unknown, or it is not this machine and `verify` is True.
+
+    Examples
+    --------
+    >>> model = tvm_nm.compile("resnet50.onnx", pattern="1x16", density=0.25)            # doctest: +SKIP
+    >>> logits = model(image)                                                            # doctest: +SKIP
+    """
+    check_environment()
+    prepare_environment()
+    start = time.perf_counter()
+    request = _Request(*resolve_pattern(pattern, density), tuple(include), tuple(exclude))
+    chosen = resolve_target(target, threads)
+    architecture, features = _processor(chosen)
+    if verify and (missing := missing_features(architecture, features)):
+        raise EnvironmentMismatchError(
+            f"the target needs {', '.join(missing)}, which this machine lacks, so the build cannot be verified; "
+            "turn verification off (--no-verify)"
+        )
+    temporary = tempfile.TemporaryDirectory(prefix="tvm-nm-") if output is None else None
+    directory = Path(output) if output is not None else Path(temporary.name) / "model"  # type: ignore[union-attr]
+    check_output(directory.resolve(), overwrite)
+    step = progress or (lambda _: None)
+    with _cleaned_up(temporary), staged_artifact(directory, overwrite=overwrite) as (new, scratch):
+        step("importing")
+        imported = import_onnx(model, shapes=shapes, verify=False)
+        digest = file_sha256(imported.path) if imported.path else _proto_sha256(imported.source)
+        step("pruning")
+        module, masks = _pruned(imported.module, request)
+        imported = dataclasses.replace(imported, module=tvm.IRModule())  # its weights are not needed any more
+        step("compiling")
+        built = build_executable(module, chosen)
+        del module
+        step("linking")
+        library = new / LIBRARY
+        manifest = Manifest(
+            model=imported.name,
+            model_sha256=digest,
+            library_sha256=export_library(built.executable, library, chosen),
+            library_bytes=library.stat().st_size,
+            inputs=imported.inputs,
+            outputs=imported.outputs,
+            target=json.loads(str(chosen)),
+            architecture=architecture,
+            features=features,
+            threads=int(chosen.attrs["num-cores"]),
+            versions=package_versions(),
+            pattern=str(request.pattern),
+            density=request.density,
+            include=request.include,
+            exclude=request.exclude,
+            layers=built.layers,
+            verification=None,
+            build_seconds=0.0,
+        )
+        del built
+        release_memory()
+        if verify:
+            step("verifying")
+            manifest = dataclasses.replace(manifest, verification=_verify(new, manifest, imported, masks, scratch))
+        manifest = dataclasses.replace(manifest, build_seconds=round(time.perf_counter() - start, 2))
+        (new / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        (new / REPORT).write_text(report_text(manifest), encoding="utf-8")
+    return CompiledModel(directory, manifest, temporary=temporary)
+
+
+def resolve_pattern(pattern: str | SparsityPattern, density: float | None) -> tuple[SparsityPattern, float]:
+    """Return the pattern and the density that it is used with.
+
+    Raises
+    ------
+    PlanError
+        If the pattern's text form is unknown or the density does not go with it.
+    """
+    try:
+        chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+        if density is None and chosen.fixed_density is None:
+            density = DEFAULT_DENSITY
+        return chosen, chosen.check_density(density)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+
+
+def resolve_target(
+    target: Mapping[str, Any] | str | tvm.target.Target | None, threads: int | None
+) -> tvm.target.Target:
+    """Return the target with its number of threads filled in.
+
+    Raises
+    ------
+    EnvironmentMismatchError
+        If it is no target that TVM and LLVM know.
+    """
+    if threads is not None and threads < 1:
+        raise EnvironmentMismatchError(f"a model runs with at least 1 thread, not {threads}")
+    if target is None:
+        return host_target(threads)
+    if isinstance(target, tvm.target.Target):
+        target = str(target)
+    if isinstance(target, str):
+        try:
+            target = json.loads(target)
+        except ValueError as error:
+            raise EnvironmentMismatchError(
+                f'target {target!r} is not JSON ({error}); write it as \'{{"kind": "llvm", "mcpu": "..."}}\''
+            ) from error
+    if not isinstance(target, Mapping):
+        raise EnvironmentMismatchError(f"target {target!r} is not a dictionary")
+    return target_from_json(dict(target), threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What the user asked for."""
+
+    pattern: SparsityPattern
+    density: float
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def plan(self, module: tvm.IRModule) -> Plan:
+        """Return the plan for a canonical module."""
+        try:
+            return uniform_plan(inventory(module), self.pattern, self.density, self.include, self.exclude)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _cleaned_up(temporary: tempfile.TemporaryDirectory[str] | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if temporary is not None:
+            temporary.cleanup()
+        raise
+
+
+def _pruned(module: tvm.IRModule, request: _Request) -> tuple[tvm.IRModule, dict[str, BoolArray]]:
+    """Return the pruned module, and which weights of the pruned layers are left."""
+    plan = request.plan(module)
+    if isinstance(request.pattern, Dense):
+        return module, {}
+    module = tvm.transform.Sequential([Prune(plan)])(module)
+    names = {choice.name for choice in plan.layers}
+    return module, {found.layer.name: found.weight != 0 for found in layer_calls(module) if found.layer.name in names}
+
+
+def _verify(
+    directory: Path, manifest: Manifest, imported: ImportedModel, masks: Mapping[str, BoolArray], scratch: Path
+) -> Verification:
+    inputs = random_inputs(manifest.inputs)
+    source: Path | onnx.ModelProto = imported.source
+    if masks:
+        # Through files, and the weights one by one, so that few copies of a large model are in memory at a time.
+        source = scratch / "pruned.onnx"
+        pruned = prune_onnx(imported.onnx, masks, in_place=True)
+        onnx.save(pruned, source, save_as_external_data=True, location="pruned.weights")
+        del pruned
+    want = run_onnx(source, inputs, manifest.threads)
+    release_memory()
+    model = CompiledModel(directory, manifest)
+    result = model(inputs)
+    found = compare(result if isinstance(result, tuple) else (result,), want)
+    if not found.max_rel <= TOLERANCE:
+        raise ModelMismatchError(
+            f"the compiled model disagrees with onnxruntime: {found.describe()} (tolerance {TOLERANCE:.1%}); "
+            "please report it with the model"
+        )
+    _log.info("verified: %s", found.describe())
+    return Verification(found.max_abs, found.max_rel, f"onnxruntime {manifest.versions['onnxruntime']}")
+
+
+def _processor(target: tvm.target.Target) -> tuple[str, tuple[str, ...]]:
+    """Return the architecture and the features that code for a target may use."""
+    triple = str(target.attrs.get("mtriple", ""))
+    found = tvm.get_global_func("target.llvm_get_cpu_features")(target)
+    return triple.partition("-")[0] or platform.machine(), tuple(sorted(str(name) for name in found))
+
+
+def _proto_sha256(model: Path | onnx.ModelProto) -> str:
+    assert isinstance(model, onnx.ModelProto)
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

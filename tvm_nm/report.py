@@ -1,0 +1,144 @@
+"""Tables for people: of an artefact's layers and of a benchmark."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tvm_nm.artifact import Manifest
+from tvm_nm.layer_report import LayerReport
+from tvm_nm.reference_run import TensorSpec
+
+if TYPE_CHECKING:
+    from tvm_nm.bench import LayerTime, Timing
+
+__all__ = ["layer_table", "layer_times_table", "report_text", "short_count", "summary", "timing_table", "to_text"]
+
+_WIDE = 250
+"""Columns of the report file: wide enough that no row is folded."""
+
+
+def report_text(manifest: Manifest) -> str:
+    """Return the content of the report file."""
+    return f"{summary(manifest)}\n\n{to_text(layer_table(manifest.layers))}"
+
+
+def to_text(table: Table) -> str:
+    """Render a table as plain text without trailing blanks."""
+    console = Console(file=io.StringIO(), width=_WIDE, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def summary(manifest: Manifest) -> str:
+    """Describe an artefact in a few lines."""
+    found = manifest.verification
+    verified = "not verified"
+    if found is not None:
+        verified = f"differs from {found.reference} by at most {found.max_abs:.2g} ({found.max_rel:.1e} relative)"
+    cpu = manifest.target.get("mcpu", manifest.architecture)
+    share = manifest.kept_macs / max(1, manifest.macs)
+    lines = [
+        f"model      {manifest.model} (sha256 {manifest.model_sha256[:12]})",
+        f"inputs     {_signature(manifest.inputs)}",
+        f"outputs    {_signature(manifest.outputs)}",
+        f"target     {cpu}, {manifest.threads} thread{'s' if manifest.threads > 1 else ''}",
+        f"pattern    {manifest.pattern} at density {manifest.density:g}",
+        f"executed   {short_count(manifest.kept_macs)} of {short_count(manifest.macs)} MACs ({share:.1%})",
+        f"library    {manifest.library_bytes / 1e6:.1f} MB (sha256 {manifest.library_sha256[:12]})",
+        f"verified   {verified}",
+        f"built      in {manifest.build_seconds:.1f} s by tvm-nm {manifest.versions.get('tvm-nm', '?')}, "
+        f"TVM {manifest.versions.get('apache-tvm', '?')}",
+    ]
+    return "\n".join(lines)
+
+
+def layer_table(layers: Sequence[LayerReport]) -> Table:
+    """Show what became of each layer, and the totals."""
+    table = _table("layer", "workload", "epilogue", "pattern", "density", "kernel", "MACs", "kept", "bytes", "note")
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            layer.workload,
+            layer.epilogue,
+            layer.pattern,
+            f"{layer.density:.3f}",
+            layer.kernel,
+            short_count(layer.macs),
+            short_count(layer.kept_macs),
+            short_count(layer.packed_bytes),
+            layer.note,
+        )
+    macs, kept, packed = (
+        sum(getattr(layer, field) for layer in layers) for field in ("macs", "kept_macs", "packed_bytes")
+    )
+    table.add_section()
+    totals = (f"{kept / max(1, macs):.3f}", "", *map(short_count, (macs, kept, packed)))
+    table.add_row(f"{len(layers)} layers", "", "", "", *totals)
+    return table
+
+
+def layer_times_table(times: Sequence[LayerTime]) -> Table:
+    """Show where the time of an inference goes."""
+    total = sum(time.time_us for time in times) or 1.0
+    table = _table("layer", "workload", "pattern", "density", "kernel", "calls", "us", "share", "GFLOP/s")
+    for time in times:
+        layer = time.layer
+        table.add_row(
+            time.name,
+            layer.workload if layer else "",
+            layer.pattern if layer else "",
+            f"{layer.density:.3f}" if layer else "",
+            layer.kernel if layer else "",
+            str(time.calls),
+            f"{time.time_us:.1f}",
+            f"{time.time_us / total:.1%}",
+            f"{time.gflops:.0f}" if layer else "",
+        )
+    table.add_section()
+    table.add_row("sum", "", "", "", "", "", f"{total:.1f}", "", "")
+    return table
+
+
+def timing_table(timings: Sequence[Timing]) -> Table:
+    """Show the contestants' latencies; ratios are those of the last one's median to each."""
+    table = _table("", "threads", "median ms", "min ms", "speed-up")
+    reference = timings[-1].median_ms
+    for timing in timings:
+        table.add_row(
+            timing.name,
+            str(timing.threads),
+            f"{timing.median_ms:.3f}",
+            f"{timing.min_ms:.3f}",
+            f"{reference / timing.median_ms:.2f}x" if len(timings) > 1 else "",
+        )
+    return table
+
+
+def short_count(number: float) -> str:
+    """Write a number with three digits and k, M or G."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def _signature(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{s.name} {s.dtype}{list(s.shape)}" for s in specs)
+
+
+_NUMBERS = frozenset({"density", "MACs", "kept", "bytes", "calls", "us", "share", "GFLOP/s"})
+_NUMBERS |= {"threads", "median ms", "min ms", "speed-up"}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for column in columns:
+        table.add_column(Text(column), justify="right" if column in _NUMBERS else "left", no_wrap=True)
+    return table

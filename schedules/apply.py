@@ -8,6 +8,7 @@ from typing import Any
 
 import tvm
 from tvm import s_tir
+from tvm.s_tir.schedule import ScheduleError
 
 from tvm_nm.schedules.conv import CONV_RULE
 from tvm_nm.schedules.conv_template import schedule_conv
@@ -45,16 +46,24 @@ def _template_block(sch: s_tir.Schedule) -> tuple[Any, str] | None:
     return None
 
 
-def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
-    """Return `func` scheduled with its template's default decisions."""
+def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: str = "main") -> tvm.tirx.PrimFunc:
+    """Return `func` scheduled with its template's default decisions.
+
+    What has no template and no generic schedule either, such as a scatter written as raw loops, stays as it is; a
+    warning calls it `name`.
+    """
     sch = s_tir.Schedule(func)
-    found = _template_block(sch)
+    try:
+        found = _template_block(sch)
+        if found is None:
+            schedule_generic(sch, machine_of(target))
+    except ScheduleError as error:
+        _log.warning("%s stays unscheduled: %s", name, str(error).strip().splitlines()[-1])
+        sch, found = s_tir.Schedule(func), None
     if found is not None:
         block, rule = found
         TEMPLATES[rule](sch, block)
-    else:
-        schedule_generic(sch, machine_of(target))
-    attributes = {key: value for key, value in func.attrs.items()}
+    attributes = dict(func.attrs.items())
     attributes["tirx.is_scheduled"] = True
     return sch.mod["main"].with_attrs(attributes)
 
@@ -78,5 +87,5 @@ class ApplyDefaultSchedules:
         for name, func in mod.functions_items():
             if isinstance(func, tvm.tirx.PrimFunc) and not func.attrs.get("tirx.is_scheduled", False):
                 _log.debug("scheduling %s", name.name_hint)
-                scheduled.update_func(name, schedule_function(func, self._target))
+                scheduled.update_func(name, schedule_function(func, self._target, name.name_hint))
         return scheduled

@@ -7,6 +7,7 @@ parallel over their outputs.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm import s_tir, tirx
@@ -25,7 +26,7 @@ def schedule_generic(sch: s_tir.Schedule, machine: Machine) -> None:
     _inline_elementwise(sch)
     for block in _leaf_blocks(sch):
         if any(iterator.iter_type != tirx.IterVar.DataPar for iterator in sch.get(block).iter_vars):
-            _schedule_reduction(sch, block)
+            _schedule_reduction(sch, block, machine)
         else:
             _schedule_spatial(sch, block, machine)
 
@@ -47,7 +48,9 @@ def _inline_elementwise(sch: s_tir.Schedule) -> None:
 
 
 def _extent(sch: s_tir.Schedule, loop: Any) -> int:
-    return int(sch.get(loop).extent)
+    """Return a loop's iterations; 1, the least, where they depend on an outer loop."""
+    extent = sch.get(loop).extent
+    return int(extent) if isinstance(extent, tirx.IntImm) else 1
 
 
 def _is_flat(sch: s_tir.Schedule, block: Any) -> bool:
@@ -58,7 +61,8 @@ def _is_flat(sch: s_tir.Schedule, block: Any) -> bool:
         if len(region.region) != len(iterators):
             return False
         for axis, variable, size in zip(region.region, iterators, region.source.shape, strict=True):
-            full = int(axis.extent) == 1 and (axis.min.same_as(variable) or (int(size) == 1 and _is_zero(axis.min)))
+            one = isinstance(axis.extent, tirx.IntImm) and int(axis.extent) == 1
+            full = one and (axis.min.same_as(variable) or (int(size) == 1 and _is_zero(axis.min)))
             if not full or int(size) != int(stmt.writes[0].source.shape[iterators.index(variable)]):
                 return False
     return True
@@ -72,9 +76,7 @@ def _schedule_spatial(sch: s_tir.Schedule, block: Any, machine: Machine) -> None
     loops = sch.get_loops(block)
     if not loops:
         return
-    total = 1
-    for loop in loops:
-        total *= _extent(sch, loop)
+    total = math.prod(_extent(sch, loop) for loop in loops)
     if _is_flat(sch, block):
         fused = sch.fuse(*loops)
         vector = machine.lanes
@@ -89,33 +91,46 @@ def _schedule_spatial(sch: s_tir.Schedule, block: Any, machine: Machine) -> None
             _, lane = sch.split(fused, [None, vector])
         sch.vectorize(lane)
         return
-    if total < _MIN_PARALLEL or len(loops) == 1:
+    if total < _MIN_PARALLEL:
         return
-    # The last two axes stay loops: a row or an image at a time.
-    outer = loops[:-2] if len(loops) > 2 else loops[:-1]
-    sch.parallel(sch.fuse(*outer))
+    # The last two axes stay loops, a row or an image at a time, if there are enough images, or rows, for the threads.
+    for inner in (2, 1):
+        outer = loops[:-inner]
+        if math.prod(_extent(sch, loop) for loop in outer) >= machine.threads and outer:
+            sch.parallel(sch.fuse(*outer))
+            return
+    part, _ = sch.split(loops[-1], [machine.threads, None])
+    sch.parallel(sch.fuse(*loops[:-1], part))
 
 
-def _schedule_reduction(sch: s_tir.Schedule, block: Any) -> None:
+def _schedule_reduction(sch: s_tir.Schedule, block: Any, machine: Machine) -> None:
     iterators = sch.get(block).iter_vars
     loops = sch.get_loops(block)
     spatial = [loop for loop, it in zip(loops, iterators, strict=True) if it.iter_type == tirx.IterVar.DataPar]
     reduction = [loop for loop, it in zip(loops, iterators, strict=True) if it.iter_type != tirx.IterVar.DataPar]
-    total = 1
-    for loop in loops:
-        total *= _extent(sch, loop)
-    outputs = 1
-    for loop in spatial:
-        outputs *= _extent(sch, loop)
-    if not spatial or outputs == 1:
+    total = math.prod(_extent(sch, loop) for loop in loops)
+    outputs = math.prod(_extent(sch, loop) for loop in spatial)
+    if outputs == 1:
+        if total >= _MIN_PARALLEL and spatial:  # TVM fails on those of rank 0
+            _reduce_in_parts(sch, reduction, total)
         return
     sch.reorder(*spatial, *reduction)
     fused = sch.fuse(*spatial)
-    # Several sums at a time hide the latency of one after another.
-    lanes = next(size for size in (8, 4, 2, 1) if outputs % size == 0)
+    # Several sums at a time hide the latency of one after another, if enough are left for the threads and all are of
+    # the same length.
+    sizes = (8, 4, 2) if all(isinstance(sch.get(loop).extent, tirx.IntImm) for loop in reduction) else ()
+    fitting = [size for size in sizes if outputs % size == 0 and outputs // size >= machine.threads]
+    lanes = max(fitting, default=1)
     outer, inner = sch.split(fused, [None, lanes])
     sch.reorder(outer, *reduction, inner)
     sch.unroll(inner)
     if total >= _MIN_PARALLEL:
         sch.parallel(outer)
     sch.decompose_reduction(block, reduction[0])
+
+
+def _reduce_in_parts(sch: s_tir.Schedule, reduction: list[Any], total: int) -> None:
+    """Reduce parts of what gives a single value in parallel, then the parts."""
+    parts = next(size for size in (64, 32, 16, 8, 4, 2, 1) if total % size == 0)
+    part, _ = sch.split(sch.fuse(*reduction), [parts, None])
+    sch.parallel(sch.fuse(*sch.get_loops(sch.rfactor(part, 0))[:-1]))

@@ -36,7 +36,7 @@ def build(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> Any:
 
 
 def call(module: Any, arguments: Sequence[npt.NDArray[Any]], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Run a compiled PrimFunc whose last argument is its output. The output starts as NaN: what is not written shows."""
+    """Run a compiled PrimFunc whose last argument is its output, NaN at first: what is not written shows."""
     tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arguments]
     out = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))
     module["main"](*tensors, out)
@@ -51,7 +51,7 @@ def integers(shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np
 def masked_weights(
     work: ConvWorkload, block: int, index: IndexKind, density: float, rng: np.random.Generator
 ) -> npt.NDArray[np.float32]:
-    """Small integers whose block rows keep about `density` of their inputs, each row another number; a row may be empty."""
+    """Small integers whose block rows keep about `density` of their inputs, each another number, some none."""
     shape = (work.out_channels, work.in_channels_per_group, *work.kernel)
     weights = integers(shape, rng)
     weights[weights == 0] = 4

@@ -42,9 +42,8 @@ def inner_loops(text: str) -> list[list[str]]:
     """The bodies of loops that hold no other loop: from a label to the jump back to it."""
     lines = [line.strip() for line in text.splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.LBB\w+:", line)}
-    jumps = [
-        (at, labels.get(found[1], at)) for at, l in enumerate(lines) if (found := re.match(r"j\w+\s+(\.LBB\w+)$", l))
-    ]
+    found = [(at, re.match(r"j\w+\s+(\.LBB\w+)$", line)) for at, line in enumerate(lines)]
+    jumps = [(at, labels.get(jump[1], at)) for at, jump in found if jump]
     back = [(target, at) for at, target in jumps if target < at]
     inner = [(a, b) for a, b in back if not any((c, d) != (a, b) and a <= c and d <= b for c, d in back)]
     return [lines[a : b + 1] for a, b in inner]

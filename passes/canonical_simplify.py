@@ -54,9 +54,30 @@ def _pad(flow: Dataflow, call: Any) -> Any:
 
 
 def _slice(flow: Dataflow, call: Any) -> Any:
-    steps = call.args[4].fields if len(call.args) > 4 else []
-    forward = all(isinstance(s, tvm.tirx.IntImm) and int(s) > 0 for s in steps)
-    return _keeps_everything(flow, call) if forward else None
+    """Drop a slice that takes everything; join two in a row along different axes."""
+    extent = _slice_extent(call)
+    if extent is None:
+        return None
+    if min(extent[3], default=1) > 0 and _keeps_everything(flow, call) is not None:
+        return call.args[0]
+    before = flow.value(call.args[0])
+    inner = _slice_extent(before) if is_call(before, "relax.strided_slice") else None
+    if inner is None or not flow.used_once(call.args[0]) or set(inner[0]) & set(extent[0]):
+        return None
+    axes, begin, end, steps = (a + b for a, b in zip(inner, extent, strict=True))
+    return relax.op.strided_slice(before.args[0], axes, begin, end, steps)
+
+
+def _slice_extent(call: Any) -> list[list[int]] | None:
+    """Axes, begins, ends and steps of a static slice."""
+    given = [list(a.fields) for a in call.args[1:] if isinstance(a, relax.Tuple)]
+    if len(given) != len(call.args) - 1 or not all(isinstance(v, tvm.tirx.IntImm) for part in given for v in part):
+        return None
+    lists = [[int(v) for v in part] for part in given]
+    if len(lists) == 3:
+        lists.append([1] * len(lists[0]))
+    lists[0] = [a % call.args[0].ty.ndim for a in lists[0]]
+    return lists
 
 
 def _permute(flow: Dataflow, call: Any) -> Any:

@@ -52,6 +52,9 @@ class Canonicalize:
     A convolution that somebody else reads too is neither copied nor folded into. Functions with control flow, symbolic
     casts or side effects are left as they are. Running the pass twice gives the same module as running it once.
 
+    It reads operators, not TIR: `tvm_nm.frontend.import_onnx` imports Clip and Pad as operators, TVM's own importer as
+    TIR functions, which stay what they are.
+
     The computation is in NumPy, a second for ResNet-50; Relax's FoldConstant compiles every constant expression. If the
     module has the attribute ``tvm_nm.layers`` it is kept up to date.
 

@@ -263,6 +263,18 @@ def identity() -> onnx.ModelProto:
 
 
 @_model
+def no_nodes() -> onnx.ModelProto:
+    return Net((1, 4, 6, 6)).model("input")
+
+
+@_model
+def no_inputs() -> onnx.ModelProto:
+    net = Net()
+    net.inputs = []
+    return net.model(net.add("Relu", net.weight(2, 3)))
+
+
+@_model
 def constant_output() -> onnx.ModelProto:
     net = Net((1, 4, 6, 6))
     return net.model(net.add("Relu", net.weight(2, 2)), net.add("Relu", "input"))

@@ -23,7 +23,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, onnx_input
 
 from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.onnx_checks import first_line, opset_of
-from tvm_nm.onnx_load import Weights
+from tvm_nm.onnx_load import MAX_MODEL_BYTES, Weights
 from tvm_nm.relax_numpy import as_constant
 
 __all__ = ["import_graph"]
@@ -61,20 +61,23 @@ def import_graph(skeleton: onnx.ModelProto, weights: Weights) -> tuple[tvm.IRMod
         except UnsupportedModelError:
             importer.bb._end_block()  # a builder that goes with an open block prints a warning to stderr
             raise
-    _check_static(module, importer.node_names)
+    _check_static(module, importer.node_names, {node.name: node.op_type for node in skeleton.graph.node})
     return module, importer.node_names
 
 
-def _check_static(module: tvm.IRModule, node_names: dict[str, str]) -> None:
+def _check_static(module: tvm.IRModule, node_names: dict[str, str], node_ops: dict[str, str]) -> None:
     for block in module["main"].body.blocks:
         for binding in block.bindings:
             ty = binding.var.ty
             if not isinstance(ty, relax.TensorType):
                 continue
             node = node_names.get(binding.var.name, binding.var.name)
-            op = getattr(getattr(binding.value, "op", None), "name", type(binding.value).__name__)
+            op = node_ops.get(node, "helper of another node")
             if ty.shape is None or not all(isinstance(d, tvm.tirx.IntImm) for d in ty.shape):
                 raise UnsupportedModelError("the shape of its output depends on the data", node=node, op=op)
+            shape = [int(d) for d in ty.shape]
+            if min(shape, default=1) <= 0 or 4 * math.prod(shape) > MAX_MODEL_BYTES:
+                raise UnsupportedModelError(f"its output would have the shape {shape}", node=node, op=op)
             if str(ty.dtype) not in _DTYPES:
                 raise UnsupportedModelError(f"its output is {ty.dtype}; only float32 is supported", node=node, op=op)
 

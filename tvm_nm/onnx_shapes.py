@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 
 _MAX_ROUNDS = 20
 _SMALL = 1024
-# Their output may be far larger than their inputs; folded only if shape inference knows how large.
+# Their output may be larger than any product of their inputs: folded only if shape inference knows how large.
 _GROWING = ("ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Upsample", "OneHot", "EyeLike", "Pad")
 
 
@@ -305,10 +305,10 @@ def _constant_outputs(node: onnx.NodeProto, weights: Weights, known: ValueTypes,
         return None
     if node.op_type == "Identity":
         return [weights[node.input[0]]]
-    if node.op_type in _GROWING:
-        size = known.shapes.get(node.output[0])
-        if size is None:
-            return None
+    size = known.shapes.get(node.output[0])
+    if size is None and node.op_type in _GROWING:
+        return None
+    if size is not None:
         _check_budget(sum(a.nbytes for a in weights.values()) + 4 * math.prod(size), node)
     try:
         inputs = {name: weights[name] for name in node.input if name}

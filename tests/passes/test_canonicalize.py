@@ -458,6 +458,15 @@ class TestSimplification:
 
         assert operators(canonicalize(build(body, (3, 2)))) == ["strided_slice"]
 
+    def test_slices_along_different_axes_join(self) -> None:
+        def body(emit: Any, x: Any) -> Any:
+            y = emit(R.strided_slice(x, [2], [0], [100], [2]))
+            z = emit(R.strided_slice(y, [-1, 0], [-1, 0], [-100, 1], [-2, 1]))
+            return R.strided_slice(z, [2], [1], [3])
+
+        out = canonicalize(build(body, (2, 3, 8, 9)))
+        assert operators(out) == ["strided_slice", "strided_slice"]
+
     def test_constants_are_folded(self) -> None:
         def body(emit: Any, x: Any) -> Any:
             shape = emit(R.shape_to_tensor(emit(R.shape_of(x))))
@@ -506,7 +515,14 @@ class TestForeignModules:
         "name",
         sorted(
             set(SMALL_MODELS)
-            - {"constant_output", "local_function", "pools_in_ceil_mode", "same_upper_and_lower", "weights_in_disguise"}
+            - {
+                "constant_output",
+                "local_function",
+                "no_inputs",
+                "pools_in_ceil_mode",
+                "same_upper_and_lower",
+                "weights_in_disguise",
+            }
         ),
     )
     def test_what_tvms_importer_gives(self, name: str) -> None:

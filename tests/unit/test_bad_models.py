@@ -337,6 +337,26 @@ class TestWeights:
             x = net.add("Add", x, net.add("ConstantOfShape", net.constant(np.array([1, 4, 100, 100]))))
         refused(net.model(x), "limit")
 
+    def test_constant_bomb_by_broadcasting(self) -> None:
+        net = Net((1, 4, 6, 6))
+        outer = net.add(
+            "Mul", net.constant(np.ones((1, 200_000), np.float32)), net.constant(np.ones((200_000, 1), np.float32))
+        )
+        refused(net.model(net.add("Add", "input", net.add("ReduceMax", outer))), "limit", "Mul")
+
+    def test_huge_activations(self) -> None:
+        net = Net((1, 4, 6, 6))
+        wide = net.add("Expand", "input", net.constant(np.array([1 << 30, 1, 1, 1])))
+        refused(net.model(net.add("ReduceMax", wide)), "shape [1073741824, 4, 6, 6]", wide)
+        net = Net((1, 3, "H", "W"))
+        model = net.model(net.conv("input", (4, 3, 1, 1)))
+        refused(model, "would have the shape", shapes={"input": (1, 3, 1 << 20, 1 << 20)})
+
+    def test_window_larger_than_the_image(self) -> None:
+        net = Net((1, 4, 20))
+        x = net.add("MaxPool", "input", kernel_shape=[3])
+        refused(net.model(net.add("MaxPool", net.conv(x, (4, 4, 3), dilations=[15]), kernel_shape=[2])), "shape")
+
     def test_shapes_do_not_fit(self) -> None:
         net = Net((1, 4, 6, 6))
         error = refused(net.model(net.conv("input", (4, 5, 3, 3))), "Conv")
@@ -414,7 +434,7 @@ class TestShapes:
     def test_shape_that_depends_on_the_data(self) -> None:
         net = Net((1, 4, 6, 6))
         model = net.model(net.add("Cast", net.add("NonZero", "input"), to=TensorProto.FLOAT))
-        refused(model, "depends on the data")
+        refused(model, "depends on the data", "NonZero")
 
     def test_parse(self) -> None:
         assert parse_shapes(["input:1,3,224,224", "a:0: 2, 5"]) == {"input": (1, 3, 224, 224), "a:0": (2, 5)}

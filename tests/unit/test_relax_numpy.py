@@ -143,7 +143,7 @@ def test_conv2d(
 
 def test_conv2d_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patches that do not fit the buffer are gathered a few rows at a time, the last strip shorter."""
-    monkeypatch.setattr("tvm_nm.relax_numpy_ops._IM2COL_BYTES", 4 * 3 * 9 * 7 * 2)
+    monkeypatch.setattr("tvm_nm.relax_numpy_nn._IM2COL_BYTES", 4 * 3 * 9 * 7 * 2)
     check(lambda x, w: R.nn.conv2d(x, w), array(2, 3, 9, 9), array(4, 3, 3, 3), tolerance=1e-4)
 
 

@@ -66,20 +66,27 @@ def import_graph(skeleton: onnx.ModelProto, weights: Weights) -> tuple[tvm.IRMod
 
 
 def _check_static(module: tvm.IRModule, node_names: dict[str, str], node_ops: dict[str, str]) -> None:
-    for block in module["main"].body.blocks:
-        for binding in block.bindings:
-            ty = binding.var.ty
-            if not isinstance(ty, relax.TensorType):
-                continue
-            node = node_names.get(binding.var.name, binding.var.name)
-            op = node_ops.get(node, "helper of another node")
-            if ty.shape is None or not all(isinstance(d, tvm.tirx.IntImm) for d in ty.shape):
-                raise UnsupportedModelError("the shape of its output depends on the data", node=node, op=op)
-            shape = [int(d) for d in ty.shape]
-            if min(shape, default=1) <= 0 or 4 * math.prod(shape) > MAX_MODEL_BYTES:
-                raise UnsupportedModelError(f"its output would have the shape {shape}", node=node, op=op)
-            if str(ty.dtype) not in _DTYPES:
-                raise UnsupportedModelError(f"its output is {ty.dtype}; only float32 is supported", node=node, op=op)
+    owner = ""
+    owned = []
+    for block in reversed(module["main"].body.blocks):
+        for binding in reversed(block.bindings):
+            owner = node_names.get(binding.var.name, owner)  # what a converter binds on the way comes before its result
+            owned.append((binding.var.ty, owner))
+    for ty, node in reversed(owned):
+        reason = _unsuitable(ty)
+        if reason:
+            raise UnsupportedModelError(reason, node=node, op=node_ops.get(node))
+
+
+def _unsuitable(ty: Any) -> str:
+    if not isinstance(ty, relax.TensorType):
+        return ""
+    if ty.shape is None or not all(isinstance(d, tvm.tirx.IntImm) for d in ty.shape):
+        return "the shape of its output depends on the data"
+    shape = [int(d) for d in ty.shape]
+    if min(shape, default=1) <= 0 or 4 * math.prod(shape) > MAX_MODEL_BYTES:
+        return f"its output would have the shape {shape}"
+    return "" if str(ty.dtype) in _DTYPES else f"its output is {ty.dtype}; only float32 is supported"
 
 
 @contextlib.contextmanager

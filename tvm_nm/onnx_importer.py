@@ -173,7 +173,10 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
         """Bind what a converter returned to variables."""
         if isinstance(value, relax.Tuple):
             return [self._results(field, node)[0] for field in value.fields]
-        if not isinstance(value, relax.Expr) or isinstance(value, tvm.ir.GenericConst | relax.ShapeExpr | relax.Var):
+        if isinstance(value, relax.Var):  # bound by the converter itself, or by another node if this one is an identity
+            self.node_names.setdefault(value.name, node)
+            return [value]
+        if not isinstance(value, relax.Expr) or isinstance(value, tvm.ir.GenericConst | relax.ShapeExpr):
             return [value]
         value = self.bb.normalize(value)
         if isinstance(value.ty, relax.TupleType):

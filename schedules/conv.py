@@ -127,7 +127,7 @@ def padded_input(geometry: PixelGeometry, data: te.Tensor, fill: float = 0.0) ->
         return tirx.if_then_else(inside, data[n, c, y, x], tirx.const(fill, "float32"))
 
     shape = (work.batch, work.in_channels, geometry.phases, geometry.plane_rows, geometry.pitch)
-    return te.compute(shape, element, name="pad")
+    return te.compute(shape, element, name="pad", attrs={"tvm_nm_phase_columns": geometry.phase_columns})
 
 
 @lru_cache(maxsize=512)
@@ -232,7 +232,10 @@ def _flattened(kernel: ConvKernel, data: te.Tensor) -> te.Tensor:
         channel = tirx.indexdiv(flat, geometry.channel_size)
         return tirx.if_then_else(inside, data[n, channel, y, x], tirx.const(0.0, "float32"))
 
-    attrs = {"tvm_nm_plane": [work.in_channels * geometry.phases, geometry.plane_rows, geometry.pitch]}
+    attrs = {
+        "tvm_nm_phase_columns": geometry.phase_columns,
+        "tvm_nm_plane": [work.in_channels, geometry.phases, geometry.plane_rows, geometry.pitch],
+    }
     return te.compute((work.batch, work.in_channels * geometry.channel_size), element, name="pad", attrs=attrs)
 
 
@@ -267,8 +270,8 @@ def _store(
 def _lane_of(pixel: Any, geometry: PixelGeometry) -> Any:
     """Return pixel mod lanes, such that TVM's region analysis always sees whole vectors.
 
-    Where the wanted columns are fewer than the lanes and rows start on whole vectors, the analysis would narrow the sums
-    to those columns, and odd vector widths compile to slow code; it does not look through a bitwise and.
+    Where the wanted columns are fewer than the lanes and rows start on whole vectors, the analysis would narrow the
+    sums to those columns, and odd vector widths compile to slow code; it does not look through a bitwise and.
     """
     if geometry.workload.out_width < geometry.lanes:
         return tirx.bitwise_and(pixel, tirx.const(geometry.lanes - 1, "int32"))

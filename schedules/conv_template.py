@@ -25,7 +25,7 @@ from tvm import s_tir
 
 from tvm_nm.schedules.conv import CONV_RULE
 
-__all__ = ["schedule_conv"]
+__all__ = ["schedule_conv", "schedule_pad"]
 
 # A kernel of up to this many taps is unrolled whole; of larger ones, only a row.
 _MAX_UNROLLED_TAPS = 25
@@ -86,7 +86,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     else:
         _accumulate_in_registers(sch, sums, task, vectors_per_tile)
     for pad in pads:
-        _schedule_pad(sch, pad, task, private=private_pad)
+        schedule_pad(sch, pad, task if private_pad else None)
     return [sch]
 
 
@@ -153,15 +153,20 @@ def _unroll_taps(sch: s_tir.Schedule, reduction: Any, taps: int) -> None:
         sch.unroll(reduction[1])
 
 
-def _schedule_pad(sch: s_tir.Schedule, pad: Any, task: Any, *, private: bool) -> None:
+def schedule_pad(sch: s_tir.Schedule, pad: Any, task: Any | None) -> None:
+    """Schedule the padded copy: within `task` if its input belongs to that task alone, else parallel over channels.
+
+    The phases of one row are written side by side: their loads are neighbours, and LLVM splits them with shuffles.
+    """
     annotations = sch.get(pad).annotations
+    if task is not None:
+        sch.compute_at(pad, task, preserve_unit_loops=True)
     loops = sch.get_loops(pad)
     if "tvm_nm_plane" in annotations:
-        planes, rows, columns = (int(extent) for extent in annotations["tvm_nm_plane"])
-        plane, _, _ = sch.split(loops[1], [planes, rows, columns])
-        sch.parallel(sch.fuse(loops[0], plane))
-        return
-    if private:
-        sch.compute_at(pad, task, preserve_unit_loops=True)
-        return
-    sch.parallel(sch.fuse(*loops[:3]))
+        loops = [*loops[:-1], *sch.split(loops[-1], [int(extent) for extent in annotations["tvm_nm_plane"]])]
+    *outer, phase, row, column = loops
+    phase_row, phase_column = sch.split(phase, [None, int(annotations["tvm_nm_phase_columns"])])
+    sch.reorder(phase_row, row, column, phase_column)
+    sch.unroll(phase_column)
+    if task is None:
+        sch.parallel(sch.fuse(*outer, phase_row))

@@ -1,8 +1,8 @@
 """Where the pixels of a windowed operator lie: virtual pixels, stride phases, row chunks.
 
 A window operator (convolution, depthwise convolution, pooling) reads its input through a zero-padded copy whose rows
-have a common *pitch*. Output pixel (y, x) is *virtual pixel* q = y * pitch + x, and tap (ky, kx) of that pixel reads the
-copy at q + offset(ky, kx): all pixels of a tap are contiguous, whatever the kernel's size. The pitch - OW columns
+have a common *pitch*. Output pixel (y, x) is *virtual pixel* q = y * pitch + x, and tap (ky, kx) of that pixel reads
+the copy at q + offset(ky, kx): all pixels of a tap are contiguous, whatever the kernel's size. The pitch - OW columns
 between two rows are computed too and thrown away; that is the price.
 
 A stride s splits the copy into s*s *phases* (input rows congruent mod s, columns likewise), so that each tap of a

@@ -112,6 +112,6 @@ def _offsets(kernel: ConvKernel) -> npt.NDArray[np.int64]:
 
 
 def _to_tiles(values: npt.NDArray[np.float32], kernel: ConvKernel) -> npt.NDArray[np.float32]:
-    """(groups, rows, channels, reduction...) -> (groups, rows, tiles, reduction..., oc_tile)."""
+    """Split channels: (groups, rows, channels, reduction...) to (groups, rows, tiles, reduction..., oc_tile)."""
     split = values.reshape(*values.shape[:2], kernel.tiles, kernel.oc_tile, *values.shape[3:])
     return np.ascontiguousarray(np.moveaxis(split, 3, -1))

@@ -21,6 +21,7 @@ import tvm_ffi
 from tvm import s_tir, te, tirx
 
 from tvm_nm.schedules.conv import padded_input
+from tvm_nm.schedules.conv_template import schedule_pad
 from tvm_nm.schedules.geometry import PixelGeometry
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
@@ -147,6 +148,6 @@ def schedule_pool(sch: s_tir.Schedule, window: Any) -> list[s_tir.Schedule]:
     if int(annotations["tvm_nm_unroll"]):
         sch.unroll(ky)
         sch.unroll(kx)
-    sch.compute_at(pad, task, preserve_unit_loops=True)
+    schedule_pad(sch, pad, task)
     sch.decompose_reduction(window, ky)
     return [sch]

@@ -7,6 +7,8 @@ exceed L1 streams them from L2. It ranks variants; it does not predict times (tu
 
 from __future__ import annotations
 
+import math
+
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.geometry import PixelGeometry, candidate_geometries
 from tvm_nm.schedules.machine import Machine
@@ -18,14 +20,20 @@ _L1_BYTES = 40 * 1024
 _L2_BYTES_PER_CYCLE = 28.0
 _COPY_BYTES_PER_CYCLE = 8.0
 _FMA_LATENCY = 4.0
-_LOOP_OVERHEAD = 0.6
-_STRADDLE = 1.7
+_LOOP_OVERHEAD = 2.0
+_STRADDLE = 2.0
 _TASK_OVERHEAD = 300.0
 _FLUSH_CYCLES_PER_VECTOR = 1.5
 
-# A task's sums stay in L2 beside its inputs.
-_MAX_SCRATCH_BYTES = 192 * 1024
-_MAX_CHUNK_INPUT_BYTES = 1 << 20
+_L2_BYTES = 1 << 20
+_STREAM_BYTES_PER_CYCLE = 12.0
+_NEAR_LINE_CYCLES = 8.0
+_FAR_LINE_CYCLES = 80.0
+
+# Limits to try for a task's sums: they fit L1 beside the weights, or a part of L2.
+_SCRATCH_BYTES = (24 * 1024, 96 * 1024, 256 * 1024)
+_L1_COPY_BYTES_PER_CYCLE = 32.0
+_L2_COPY_BYTES_PER_CYCLE = 10.0
 _MAX_BLOCKED_OC_TILE = 3
 
 
@@ -42,7 +50,7 @@ def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_
 
 
 def _flush_cycles(kernel: ConvKernel) -> float:
-    """Cycles of carrying a chunk's sums through the scratch between blocks of the reduction, for one tile of channels."""
+    """Cycles of carrying a chunk's sums through the scratch between reduction blocks, for one tile of channels."""
     if not kernel.kept_per_block:
         return 0.0
     blocks = kernel.kept // kernel.kept_per_block
@@ -63,6 +71,36 @@ def _copy_cycles(geometry: PixelGeometry) -> float:
     return work.batch * work.in_channels * geometry.channel_size * 4 / _COPY_BYTES_PER_CYCLE
 
 
+def _stream_cycles(kernel: ConvKernel) -> float:
+    """Cycles of bringing weights and inputs from beyond L2, as far as computing does not hide them."""
+    geometry, work = kernel.geometry, kernel.workload
+    pixel_tiles = geometry.chunks * -(-geometry.vectors // kernel.vectors_per_tile)
+    weight_bytes = 4 * math.prod(kernel.weight_shape)
+    weight_passes = work.batch * pixel_tiles if weight_bytes > _L2_BYTES else 1
+    rows_read = (geometry.rows_per_chunk + work.kernel[0] - 1) * geometry.phase_rows
+    chunk_bytes = 4 * rows_read * geometry.pitch * geometry.phase_columns * work.in_channels
+    tasks_of_chunk = -(-kernel.block_rows // kernel.rows_per_task)
+    input_passes = tasks_of_chunk if chunk_bytes > _L2_BYTES else 1
+    input_bytes = work.batch * geometry.chunks * chunk_bytes
+    if input_bytes <= _L2_BYTES and not geometry.reads_input_directly:
+        input_passes = 0  # just copied, still in L2
+    streamed = (weight_bytes * weight_passes + input_bytes * input_passes) / _STREAM_BYTES_PER_CYCLE
+    # Each (pixel tile, channel) begins at another page: no prefetcher helps its first line.
+    channels = kernel.kept if kernel.index is not IndexKind.POSITION else -(-kernel.kept // work.taps)
+    touches = work.batch * work.groups * pixel_tiles * channels
+    far = input_passes if input_bytes > _L2_BYTES else 0
+    return streamed + touches * (far * _FAR_LINE_CYCLES + (tasks_of_chunk - far) * _NEAR_LINE_CYCLES)
+
+
+def _scratch_cycles(kernel: ConvKernel) -> float:
+    """Cycles of writing the sums to a task's scratch and reading them back."""
+    geometry, work = kernel.geometry, kernel.workload
+    chunk_bytes = 4 * kernel.block * geometry.vectors * geometry.lanes
+    fits_l1 = kernel.rows_per_task * chunk_bytes <= _SCRATCH_BYTES[0]
+    speed = _L1_COPY_BYTES_PER_CYCLE if fits_l1 else _L2_COPY_BYTES_PER_CYCLE
+    return 2 * work.batch * geometry.chunks * work.groups * kernel.block_rows * chunk_bytes / speed
+
+
 def predicted_cycles(kernel: ConvKernel) -> float:
     """Return the model's cycles of a kernel on one thread."""
     geometry, work = kernel.geometry, kernel.workload
@@ -71,15 +109,17 @@ def predicted_cycles(kernel: ConvKernel) -> float:
     tiles = work.batch * geometry.chunks * work.groups * kernel.block_rows * kernel.tiles
     if kernel.kept_per_block:
         channels = channels * kernel.kept_per_block // kernel.kept
-    per_tile = steps * _chunk_cycles(geometry, kernel.oc_tile, kernel.vectors_per_tile, channels) + _flush_cycles(kernel)
-    compute = tiles * per_tile
+    per_tile = steps * _chunk_cycles(geometry, kernel.oc_tile, kernel.vectors_per_tile, channels) + _flush_cycles(
+        kernel
+    )
     tasks = work.batch * geometry.chunks * work.groups * -(-kernel.block_rows // kernel.rows_per_task)
-    scratch = kernel.rows_per_task * kernel.block * geometry.vectors * geometry.lanes * 4
-    rows_read = geometry.rows_per_chunk + work.kernel[0] - 1
-    chunk_input = rows_read * geometry.pitch * geometry.phases * work.in_channels_per_group * 4
-    # Sums or inputs that leave L2 cost bandwidth of the next level; a mild penalty is enough to rank.
-    spill = 1.0 + 0.05 * (scratch > _MAX_SCRATCH_BYTES) + 0.05 * (chunk_input > _MAX_CHUNK_INPUT_BYTES)
-    return compute * spill + _copy_cycles(geometry) + tasks * _TASK_OVERHEAD
+    return (
+        tiles * per_tile
+        + _copy_cycles(geometry)
+        + _stream_cycles(kernel)
+        + _scratch_cycles(kernel)
+        + tasks * _TASK_OVERHEAD
+    )
 
 
 def choose_kernel(
@@ -109,10 +149,11 @@ def choose_kernel(
         kept = workload.in_channels_per_group * (workload.taps if index is IndexKind.POSITION else 1)
     geometries = candidate_geometries(workload, machine.lanes)
     variants = [
-        _variant(geometry, machine, block, oc_tile, index, kept, kept_per_block)
+        _variant(geometry, machine, block, oc_tile, index, kept, kept_per_block, scratch)
         for oc_tile in _oc_tiles(workload, machine, block)
         for geometry in geometries
         for kept_per_block in _reduction_blocks(kept, oc_tile)
+        for scratch in _SCRATCH_BYTES
     ]
     return min(variants, key=predicted_cycles)
 
@@ -143,6 +184,7 @@ def _variant(
     index: IndexKind,
     kept: int,
     kept_per_block: int,
+    scratch: int,
 ) -> ConvKernel:
     work = geometry.workload
     row_block = min(block or oc_tile, work.out_channels_per_group)
@@ -162,7 +204,7 @@ def _variant(
         kept=kept,
         index_dtype=_index_dtype(geometry, index),
         vectors_per_tile=vectors,
-        rows_per_task=_rows_per_task(geometry, machine, row_block, rows),
+        rows_per_task=_rows_per_task(geometry, machine, row_block, rows, scratch),
         kept_per_block=kept_per_block,
     )
 
@@ -174,7 +216,7 @@ def _index_dtype(geometry: PixelGeometry, index: IndexKind) -> str:
     return "uint8" if entries <= 1 << 8 else "uint16" if entries <= 1 << 16 else "int32"
 
 
-def _rows_per_task(geometry: PixelGeometry, machine: Machine, block: int, rows: int) -> int:
+def _rows_per_task(geometry: PixelGeometry, machine: Machine, block: int, rows: int, scratch: int) -> int:
     """Return as many block rows as fit the scratch while the tasks still divide evenly among the threads."""
     work = geometry.workload
     bytes_per_row = block * geometry.vectors * geometry.lanes * 4
@@ -185,6 +227,6 @@ def _rows_per_task(geometry: PixelGeometry, machine: Machine, block: int, rows: 
     for per_task in (d for d in range(2, rows + 1) if rows % d == 0):
         tasks = others * rows // per_task
         balanced = tasks % machine.threads == 0 or tasks >= 8 * machine.threads
-        if per_task * bytes_per_row <= _MAX_SCRATCH_BYTES and balanced:
+        if per_task * bytes_per_row <= scratch and balanced:
             best = per_task
     return best

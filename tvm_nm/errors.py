@@ -38,7 +38,8 @@ class UnsupportedModelError(TvmNmError):
         self.node = node
         self.op = op
         where = f"node {node!r} ({op}): " if node is not None else f"operator {op}: " if op is not None else ""
-        super().__init__(where + reason)
+        # The words come from a file that nobody vouches for: no line breaks, no terminal control.
+        super().__init__("".join(c if c.isprintable() else "?" for c in where + reason))
 
 
 class ModelMismatchError(TvmNmError):

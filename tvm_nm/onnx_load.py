@@ -242,6 +242,7 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
     taken: set[str] = set()
     for index, node in enumerate(graph.node):
         name = node.name or next((o for o in node.output if o), f"{node.op_type}_{index}")
+        name = "".join(c if c.isprintable() else "_" for c in name)  # it will be shown in tables
         unique, count = name, 1
         while unique in taken:
             unique, count = f"{name}_{count}", count + 1

@@ -243,6 +243,15 @@ class TestOperators:
         refused(net.model(net.add("Upsample", "input", scales)), "Upsample")
         assert capfd.readouterr() == ("", "")
 
+    def test_messages_hold_no_control_characters(self) -> None:
+        model = one_node("No\nSuch\x1b[31mOperator")
+        model.graph.node[1].name = "a\r\nb"
+        assert str(refused(model)).isprintable()
+        net = Net((1, 4, 6, 6))
+        net.conv("input", (4, 4, 1, 1))
+        net.nodes[-1].name = "red\x1b[31m"
+        assert str(import_onnx(net.model(net.nodes[-1].output[0])).module.get_attr("tvm_nm.layers")[0]).isprintable()
+
 
 class TestTypes:
     @pytest.mark.parametrize(

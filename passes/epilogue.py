@@ -123,7 +123,7 @@ def _other_operand(value: Any, operand: Any) -> Any:
 def _channel_vector(expr: Any, channels: int, rank: int) -> npt.NDArray[np.float32] | None:
     """Return a constant that differs only along the channel axis (1 of `rank`, or the last of a matrix) as a vector."""
     array = constant_of(expr)
-    if array is None:
+    if array is None or array.ndim > rank:  # one of a higher rank changes the shape
         return None
     shape = (1,) * (rank - array.ndim) + array.shape
     if any(size != 1 for axis, size in enumerate(shape) if axis != 1):

@@ -189,11 +189,17 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("target", [t for t in sorted(TARGETS) if t != "two threads"])
 @pytest.mark.parametrize("name", NAMED)
-def test_layers_of_real_networks(name: str, target: str) -> None:
+def test_layers_of_real_networks(name: str) -> None:
     work, index, block = NAMED[name]
-    check_case(Case(work, IndexKind(index), block, 0.5, target, seed=len(name)))
+    check_case(Case(work, IndexKind(index), block, 0.5, "one thread", seed=len(name)))
+
+
+@pytest.mark.skipif("avx2" not in TARGETS, reason="needs AVX2")
+@pytest.mark.parametrize("name", ["3x3", "depthwise", "2:4 3x3", "1x16 1x1", "1x16p 3x3 stride 2"])
+def test_layers_of_real_networks_with_avx2(name: str) -> None:
+    work, index, block = NAMED[name]
+    check_case(Case(work, IndexKind(index), block, 0.5, "avx2", seed=len(name)))
 
 
 def test_the_named_int32_table_is_one() -> None:

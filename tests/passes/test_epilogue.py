@@ -1,0 +1,279 @@
+"""What follows a layer is computed in its kernel where nobody else reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from relax_modules import Builder, module
+from tvm import relax
+
+from tvm_nm.inventory import layer_calls
+from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues, scalar
+from tvm_nm.workload import Epilogue
+
+X = (1, 4, 6, 6)
+op = relax.op
+
+
+def fuse(build: Callable[..., Any], *shapes: tuple[int, ...]) -> tuple[FusedLayer, ...]:
+    main = (mod := module(build, *(shapes or (X,))))["main"]
+    bindings = [binding for block in main.body.blocks for binding in block.bindings]
+    return fuse_epilogues(layer_calls(mod), bindings, main.body.body)
+
+
+def only(build: Callable[..., Any], *shapes: tuple[int, ...]) -> FusedLayer:
+    (layer,) = fuse(build, *shapes)
+    return layer
+
+
+def test_a_bare_layer() -> None:
+    layer = only(lambda b, x: b.conv(x, 8))
+    assert layer.absorbed == ()
+    assert layer.end.same_as(layer.found.var)
+    assert layer.epilogue == Epilogue()
+    assert layer.bias.tolist() == [0] * 8
+    assert layer.bias.dtype == np.float32
+
+
+def test_bias_and_relu() -> None:
+    seen: list[Any] = []
+
+    def build(b: Builder, x: Any) -> Any:
+        constant = b.constant(1, 8, 1, 1)
+        seen.extend([constant, b.relu(b.add(b.conv(x, 8), constant))])
+        return seen[1]
+
+    layer = only(build)
+    assert len(layer.absorbed) == 2
+    assert layer.absorbed[0].same_as(layer.found.var)
+    assert layer.end.same_as(seen[1])
+    assert layer.epilogue == Epilogue(False, 0.0)
+    np.testing.assert_array_equal(layer.bias, seen[0].value.numpy().reshape(-1))
+
+
+def test_bias_residual_and_clip() -> None:
+    def build(b: Builder, x: Any, r: Any) -> Any:
+        return b(op.clip(b.add(b.bias(b.conv(x, 8)), r), 0, 6))
+
+    layer = only(build, X, (1, 8, 6, 6))
+    assert layer.epilogue == Epilogue(True, 0.0, 6.0)
+    assert len(layer.absorbed) == 3
+    assert layer.residual.name == "x1"
+
+
+@pytest.mark.parametrize("first", ["layer", "residual"])
+def test_the_order_of_an_add_does_not_matter(first: str) -> None:
+    def build(b: Builder, x: Any, r: Any) -> Any:
+        y = b.bias(b.conv(x, 8))
+        return b.add(*((y, r) if first == "layer" else (r, y)))
+
+    layer = only(build, X, (1, 8, 6, 6))
+    assert layer.epilogue == Epilogue(True)
+    assert layer.residual.name == "x1"
+
+
+def test_several_biases_add_up() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        y = b.conv(x, 2)
+        for values in ([[[1.0]], [[2.0]]], [[[[10.0]]]], 100.0):
+            y = b.add(y, relax.const(np.array(values, np.float32)))
+        return y
+
+    layer = only(build)
+    assert layer.bias.tolist() == [111.0, 112.0]
+    assert len(layer.absorbed) == 3
+
+
+@pytest.mark.parametrize(
+    ("activation", "bounds"),
+    [
+        (lambda x: op.nn.relu(x), (0.0, None)),
+        (lambda x: op.nn.relu6(x), (0.0, 6.0)),
+        (lambda x: op.clip(x, -1, 1), (-1.0, 1.0)),
+        (lambda x: op.clip(x, float("-inf"), 6), (None, 6.0)),
+        (lambda x: op.clip(x, 0, float("inf")), (0.0, None)),
+    ],
+)
+def test_activations(activation: Callable[[Any], Any], bounds: tuple[float | None, float | None]) -> None:
+    layer = only(lambda b, x: b(activation(b.conv(x, 8))))
+    assert layer.epilogue == Epilogue(False, *bounds)
+    assert len(layer.absorbed) == 1
+
+
+@pytest.mark.parametrize("operator", [op.sigmoid, op.tanh, op.negative, lambda x: op.nn.leakyrelu(x, 0.1)])
+def test_other_operators_are_not_absorbed(operator: Callable[[Any], Any]) -> None:
+    layer = only(lambda b, x: b(operator(b.conv(x, 8))))
+    assert layer.absorbed == ()
+    assert layer.epilogue == Epilogue()
+
+
+def test_nothing_follows_an_activation() -> None:
+    layer = only(lambda b, x: b.bias(b.relu(b.conv(x, 8))))
+    assert len(layer.absorbed) == 1
+    assert layer.epilogue == Epilogue(False, 0.0)
+    assert not layer.bias.any()
+
+
+def test_a_second_activation_stays() -> None:
+    layer = only(lambda b, x: b(op.clip(b.relu(b.conv(x, 8)), 0, 6)))
+    assert layer.epilogue == Epilogue(False, 0.0)
+
+
+def test_a_bias_after_the_residual_stays() -> None:
+    layer = only(lambda b, x, r: b.bias(b.add(b.conv(x, 8), r)), X, (1, 8, 6, 6))
+    assert layer.epilogue == Epilogue(True)
+    assert not layer.bias.any()
+
+
+def test_one_residual_only() -> None:
+    layer = only(lambda b, x, r, s: b.add(b.add(b.conv(x, 8), r), s), X, (1, 8, 6, 6), (1, 8, 6, 6))
+    assert layer.residual.name == "x1"
+    assert len(layer.absorbed) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 1, 6, 6), (6,), (1, 8, 6, 1), (2, 8, 6, 6)])
+def test_a_residual_of_another_shape_stays(shape: tuple[int, ...]) -> None:
+    layer = only(lambda b, x, r: b.relu(b.add(b.conv(x, 8), r)), X, shape)
+    assert layer.absorbed == ()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6, 6), (6,), (1, 1, 1, 6), (3, 8, 1, 1), (1, 1, 1, 1, 1), (1, 8, 1, 1, 1)])
+def test_constants_that_are_no_bias(shape: tuple[int, ...]) -> None:
+    layer = only(lambda b, x: b.relu(b.add(b.conv(x, 8), b.constant(*shape))))
+    assert layer.absorbed == ()
+    assert not layer.bias.any()
+
+
+def test_a_constant_that_makes_a_single_channel_many_is_no_bias() -> None:
+    layer = only(lambda b, x: b.add(b.conv(x, 1), b.constant(1, 8, 1, 1)))
+    assert layer.absorbed == ()
+
+
+def test_a_constant_of_the_output_shape_is_a_residual() -> None:
+    layer = only(lambda b, x: b.relu(b.add(b.conv(x, 8), b.constant(1, 8, 6, 6))))
+    assert layer.epilogue == Epilogue(True, 0.0)
+
+
+def test_a_layer_with_two_users_absorbs_nothing() -> None:
+    def build(b: Builder, x: Any) -> list[Any]:
+        y = b.conv(x, 8)
+        return [b.relu(y), b(op.sigmoid(y))]
+
+    layer = only(build)
+    assert layer.absorbed == ()
+    assert layer.epilogue == Epilogue()
+
+
+def test_a_bias_with_two_users_is_the_end() -> None:
+    def build(b: Builder, x: Any) -> list[Any]:
+        y = b.bias(b.conv(x, 8))
+        return [b.relu(y), b(op.sigmoid(y))]
+
+    layer = only(build)
+    assert len(layer.absorbed) == 1
+    assert layer.epilogue == Epilogue()
+
+
+def test_an_activation_with_two_users_is_absorbed() -> None:
+    def build(b: Builder, x: Any) -> list[Any]:
+        y = b.relu(b.bias(b.conv(x, 8)))
+        return [b(op.sigmoid(y)), b(op.tanh(y))]
+
+    assert only(build).epilogue == Epilogue(False, 0.0)
+
+
+def test_an_output_of_the_function_is_the_end() -> None:
+    def build(b: Builder, x: Any) -> list[Any]:
+        y = b.bias(b.conv(x, 8))
+        return [y, b.relu(y)]
+
+    assert only(build).epilogue == Epilogue()
+
+
+def test_a_layer_added_to_itself() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        y = b.conv(x, 8)
+        return b.add(y, y)
+
+    assert only(build).absorbed == ()
+
+
+def test_a_layer_added_to_what_is_made_of_it() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        y = b.conv(x, 8)
+        return b.relu(b.add(y, b(op.sigmoid(y))))
+
+    assert only(build).absorbed == ()
+
+
+def test_the_later_of_two_layers_absorbs_their_sum() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        first, second = b.bias(b.conv(x, 8, 1)), b.bias(b.conv(x, 8))
+        return b.relu(b.add(first, second))
+
+    first, second = fuse(build)
+    assert first.epilogue == Epilogue()
+    assert len(first.absorbed) == 1  # its bias
+    assert second.epilogue == Epilogue(True, 0.0)
+    assert second.residual.same_as(first.end)
+
+
+def test_the_later_layer_absorbs_the_sum_with_an_activated_one() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        first = b.relu(b.conv(x, 8, 1))
+        return b.relu(b.add(first, b.conv(x, 8)))
+
+    first, second = fuse(build)
+    assert first.epilogue == Epilogue(False, 0.0)
+    assert second.epilogue == Epilogue(True, 0.0)
+
+
+def test_an_earlier_layer_absorbs_the_sum_that_the_later_cannot() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        first = b.conv(x, 8, 1)
+        return b.relu(b.add(first, b(op.sigmoid(b.conv(x, 8)))))
+
+    first, second = fuse(build)
+    assert first.epilogue == Epilogue(True, 0.0)
+    assert second.epilogue == Epilogue()
+
+
+def test_a_chain_of_residual_blocks() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        for _ in range(3):
+            y = b.relu(b.bias(b.conv(x, 4)))
+            x = b.relu(b.add(b.bias(b.conv(y, 4)), x))
+        return x
+
+    layers = fuse(build)
+    assert [layer.epilogue for layer in layers] == [Epilogue(False, 0.0), Epilogue(True, 0.0)] * 3
+    assert [layer.found.layer.index for layer in layers] == list(range(6))
+    assert layers[3].residual.same_as(layers[1].end)
+
+
+def test_fully_connected_layers() -> None:
+    def build(b: Builder, x: Any, r: Any) -> Any:
+        y = b.relu(b.bias(b.fc(x, 7)))
+        y = b.add(b.fc(y, 5), b.constant(5))
+        return b.add(y, r)
+
+    first, second = fuse(build, (3, 9), (3, 5))
+    assert first.epilogue == Epilogue(False, 0.0)
+    assert first.bias.any()
+    assert second.epilogue == Epilogue(True)
+    assert second.bias.any()
+
+
+def test_a_bias_of_the_batch_is_no_bias() -> None:
+    layer = only(lambda b, x: b.relu(b.add(b.fc(x, 5), b.constant(3, 1))), (3, 9))
+    assert layer.absorbed == ()
+
+
+def test_bounds_are_read_from_constants() -> None:
+    clip = module(lambda b, x: b(op.clip(x, -1.5, 2)), X)["main"].body.blocks[0].bindings[0].value
+    assert [scalar(argument) for argument in clip.args[1:]] == [-1.5, 2.0]
+    assert scalar(tvm.tirx.IntImm("int64", 4)) == 4.0

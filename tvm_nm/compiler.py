@@ -12,7 +12,6 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,22 @@ import onnx
 import tvm
 
 from tvm_nm.artifact import LIBRARY, MANIFEST, REPORT, Manifest, Verification, check_output, staged_artifact
-from tvm_nm.environment import check_environment, missing_features, package_versions, prepare_environment
-from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError, PlanError
+from tvm_nm.environment import check_environment, missing_features, package_versions
+from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError
 from tvm_nm.frontend import ImportedModel, import_onnx
-from tvm_nm.inventory import inventory, layer_calls
 from tvm_nm.linker import export_library, file_sha256
 from tvm_nm.masks import BoolArray
-from tvm_nm.passes.prune import Prune
-from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
+from tvm_nm.patterns import SparsityPattern
 from tvm_nm.pipeline import build_executable
-from tvm_nm.plan import Plan, uniform_plan
 from tvm_nm.prune_onnx import prune_onnx
+from tvm_nm.pruning import DEFAULT_PATTERN, PruneRequest, prune_module
 from tvm_nm.reference_run import compare, random_inputs, run_onnx
 from tvm_nm.report import report_text
 from tvm_nm.runtime import CompiledModel, release_memory
 from tvm_nm.schedules.machine import host_target, target_from_json
 
-__all__ = ["DEFAULT_DENSITY", "DEFAULT_PATTERN", "TOLERANCE", "compile", "resolve_pattern", "resolve_target"]
+__all__ = ["TOLERANCE", "compile", "resolve_target"]
 
-DEFAULT_PATTERN = "1x16"
-DEFAULT_DENSITY = 0.5
 TOLERANCE = 1e-3
 """Largest difference from onnxruntime that a build may have, relative to the output's largest value.
 
@@ -117,9 +112,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     >>> logits = model(image)                                                            # doctest: +SKIP
     """
     check_environment()
-    prepare_environment()
     start = time.perf_counter()
-    request = _Request(*resolve_pattern(pattern, density), tuple(include), tuple(exclude))
+    request = PruneRequest.make(pattern, density, include, exclude)
     chosen = resolve_target(target, threads)
     architecture, features = _processor(chosen)
     if verify and (missing := missing_features(architecture, features)):
@@ -136,7 +130,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         imported = import_onnx(model, shapes=shapes, verify=False)
         digest = file_sha256(imported.path) if imported.path else _proto_sha256(imported.source)
         step("pruning")
-        module, masks = _pruned(imported.module, request)
+        module, masks = prune_module(imported.module, request)
         imported = dataclasses.replace(imported, module=tvm.IRModule())  # its weights are not needed any more
         step("compiling")
         built = build_executable(module, chosen)
@@ -174,23 +168,6 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     return CompiledModel(directory, manifest, temporary=temporary)
 
 
-def resolve_pattern(pattern: str | SparsityPattern, density: float | None) -> tuple[SparsityPattern, float]:
-    """Return the pattern and the density that it is used with.
-
-    Raises
-    ------
-    PlanError
-        If the pattern's text form is unknown or the density does not go with it.
-    """
-    try:
-        chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
-        if density is None and chosen.fixed_density is None:
-            density = DEFAULT_DENSITY
-        return chosen, chosen.check_density(density)
-    except ValueError as error:
-        raise PlanError(str(error)) from error
-
-
 def resolve_target(
     target: Mapping[str, Any] | str | tvm.target.Target | None, threads: int | None
 ) -> tvm.target.Target:
@@ -219,23 +196,6 @@ def resolve_target(
     return target_from_json(dict(target), threads)
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What the user asked for."""
-
-    pattern: SparsityPattern
-    density: float
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-
-    def plan(self, module: tvm.IRModule) -> Plan:
-        """Return the plan for a canonical module."""
-        try:
-            return uniform_plan(inventory(module), self.pattern, self.density, self.include, self.exclude)
-        except ValueError as error:
-            raise PlanError(str(error)) from error
-
-
 @contextlib.contextmanager
 def _cleaned_up(temporary: tempfile.TemporaryDirectory[str] | None) -> Iterator[None]:
     try:
@@ -244,16 +204,6 @@ def _cleaned_up(temporary: tempfile.TemporaryDirectory[str] | None) -> Iterator[
         if temporary is not None:
             temporary.cleanup()
         raise
-
-
-def _pruned(module: tvm.IRModule, request: _Request) -> tuple[tvm.IRModule, dict[str, BoolArray]]:
-    """Return the pruned module, and which weights of the pruned layers are left."""
-    plan = request.plan(module)
-    if isinstance(request.pattern, Dense):
-        return module, {}
-    module = tvm.transform.Sequential([Prune(plan)])(module)
-    names = {choice.name for choice in plan.layers}
-    return module, {found.layer.name: found.weight != 0 for found in layer_calls(module) if found.layer.name in names}
 
 
 def _verify(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,15 +13,27 @@ from rich.text import Text
 
 from tvm_nm.artifact import Manifest
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.patterns import Dense
 from tvm_nm.reference_run import TensorSpec
 
 if TYPE_CHECKING:
     from tvm_nm.bench import LayerTime, Timing
+    from tvm_nm.pruning import LayerSparsity
 
-__all__ = ["layer_table", "layer_times_table", "report_text", "short_count", "summary", "timing_table", "to_text"]
+__all__ = [
+    "layer_table",
+    "layer_times_table",
+    "report_text",
+    "short_count",
+    "sparsity_rows",
+    "sparsity_table",
+    "summary",
+    "timing_table",
+    "to_text",
+]
 
 _WIDE = 250
-"""Columns of the report file: wide enough that no row is folded."""
+"""Columns of a table: wide enough that no row is cut."""
 
 
 def report_text(manifest: Manifest) -> str:
@@ -30,7 +43,7 @@ def report_text(manifest: Manifest) -> str:
 
 def to_text(table: Table) -> str:
     """Render a table as plain text without trailing blanks."""
-    console = Console(file=io.StringIO(), width=_WIDE, color_system=None, force_terminal=False)
+    console = Console(file=io.StringIO(), width=_WIDE, color_system=None)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
@@ -84,6 +97,44 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
     return table
 
 
+def sparsity_rows(found: Sequence[LayerSparsity]) -> list[dict[str, Any]]:
+    """Return a model's layers and the patterns found in them as JSON-ready values."""
+    return [
+        {
+            **asdict(item.layer),
+            "parameters": item.layer.parameters,
+            "pattern": str(item.detection.pattern) if item.detection.pattern else None,
+            "density": item.detection.density,
+            "reason": item.detection.reason,
+        }
+        for item in found
+    ]
+
+
+def sparsity_table(found: Sequence[LayerSparsity]) -> Table:
+    """Show a model's layers and the patterns found in their weights."""
+    table = _table("layer", "kind", "weight", "groups", "strides", "MACs", "density", "pattern", "note")
+    for item in found:
+        layer, detection = item.layer, item.detection
+        table.add_row(
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.weight_shape)),
+            str(layer.groups),
+            "x".join(map(str, layer.strides)),
+            short_count(layer.macs),
+            f"{detection.density:.3f}",
+            str(detection.pattern) if detection.pattern else "none",
+            "" if isinstance(detection.pattern, Dense) else detection.reason,
+        )
+    parameters = sum(item.layer.parameters for item in found)
+    left = sum(item.layer.parameters * item.detection.density for item in found)
+    table.add_section()
+    macs = short_count(sum(item.layer.macs for item in found))
+    table.add_row(f"{len(found)} layers", "", short_count(parameters), "", "", macs, f"{left / max(1, parameters):.3f}")
+    return table
+
+
 def layer_times_table(times: Sequence[LayerTime]) -> Table:
     """Show where the time of an inference goes."""
     total = sum(time.time_us for time in times) or 1.0
@@ -107,17 +158,14 @@ def layer_times_table(times: Sequence[LayerTime]) -> Table:
 
 
 def timing_table(timings: Sequence[Timing]) -> Table:
-    """Show the contestants' latencies; ratios are those of the last one's median to each."""
-    table = _table("", "threads", "median ms", "min ms", "speed-up")
-    reference = timings[-1].median_ms
+    """Show the contestants' latencies and, beside onnxruntime, the ratios of its median to theirs."""
+    baseline = next((timing for timing in timings if timing.name.startswith("onnxruntime")), None)
+    table = _table("", "threads", "median ms", "min ms", *(["speed-up"] if baseline else []))
     for timing in timings:
-        table.add_row(
-            timing.name,
-            str(timing.threads),
-            f"{timing.median_ms:.3f}",
-            f"{timing.min_ms:.3f}",
-            f"{reference / timing.median_ms:.2f}x" if len(timings) > 1 else "",
-        )
+        cells = [timing.name, str(timing.threads), f"{timing.median_ms:.3f}", f"{timing.min_ms:.3f}"]
+        if baseline:
+            cells.append(f"{baseline.median_ms / timing.median_ms:.2f}x")
+        table.add_row(*cells)
     return table
 
 
@@ -134,7 +182,7 @@ def _signature(specs: Sequence[TensorSpec]) -> str:
 
 
 _NUMBERS = frozenset({"density", "MACs", "kept", "bytes", "calls", "us", "share", "GFLOP/s"})
-_NUMBERS |= {"threads", "median ms", "min ms", "speed-up"}
+_NUMBERS |= {"groups", "threads", "median ms", "min ms", "speed-up"}
 
 
 def _table(*columns: str) -> Table:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from tvm_nm.artifact import LIBRARY, Manifest, copy_artifact
-from tvm_nm.environment import check_environment, missing_features, package_versions, prepare_environment
+from tvm_nm.environment import check_environment, missing_features, package_versions
 from tvm_nm.errors import ArtifactError, EnvironmentMismatchError
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.linker import file_sha256
@@ -142,7 +142,6 @@ class CompiledModel:
         if self._main is not None:
             return
         check_environment()
-        prepare_environment()
         _check_host(self._manifest, self._directory)
         library = _load_library(self._directory / LIBRARY, self._manifest)
         self._main = relax.VirtualMachine(library, tvm.cpu())["main"]

@@ -1,0 +1,282 @@
+"""The command line, ``tvm-nm``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tvm_nm import __version__
+from tvm_nm.console import Group, Steps
+from tvm_nm.environment import check_environment
+from tvm_nm.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# The commands import what they need themselves, so that `tvm-nm --help` need not wait for TVM.
+
+__all__ = ["cli", "main"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_PATTERNS = "dense, 2:4 (N:M), 2:4t8 (shared by 8 channels), 1x16, 1x4p (by position), 1x16u (unbalanced)"
+
+
+@click.group(cls=Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tvm-nm")
+@click.option("--verbose", is_flag=True, help="Log what is going on to standard error.")
+@click.option("--debug", is_flag=True, help="Show tracebacks of expected errors, too.")
+@click.pass_context
+def cli(ctx: click.Context, verbose: bool, debug: bool) -> None:
+    """Compile ONNX CNNs to sparse TVM modules that run faster on CPUs than dense runtimes."""
+    if verbose or debug:
+        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+        logging.getLogger("tvm_nm").setLevel(logging.DEBUG if debug else logging.INFO)
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+    else:
+        check_environment()
+
+
+def main() -> None:
+    """Run the command line."""
+    cli(prog_name="tvm-nm")
+
+
+def _prune_options(command: _F) -> _F:
+    options = (
+        click.option("--pattern", metavar="P", help=f"Sparsity pattern: {_PATTERNS}. [default: 1x16]"),
+        click.option(
+            "--density", type=float, metavar="D", help="Share of weights kept. [default: the pattern's, or 0.5]"
+        ),
+        click.option("--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers alone; wins over --include."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_shape_option = click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
+_threads_option = click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
+_json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON, with - to stdout.")
+
+
+@cli.command("compile")
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="[default: MODEL-tvm]")
+@_prune_options
+@_threads_option
+@click.option("--target", metavar="JSON", help='TVM target, such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\'.')
+@_shape_option
+@_json_option
+@click.option("--no-verify", is_flag=True, help="Do not compare the outputs with onnxruntime's.")
+def compile_command(
+    model: Path | None,
+    output: Path | None,
+    pattern: str | None,
+    density: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    threads: int | None,
+    target: str | None,
+    shapes: tuple[str, ...],
+    json_file: str | None,
+    no_verify: bool,
+) -> None:
+    """Prune and compile MODEL.onnx into the directory DIR, which then runs without the ONNX file.
+
+    Without MODEL: compile the network that comes with tvm-nm and show what sparsity does to its speed and accuracy.
+    """
+    if model is None:
+        if target or shapes or no_verify:
+            raise click.UsageError("--target, --shape and --no-verify need a MODEL")
+        _demo(pattern, density, include, exclude, threads, output, json_file)
+        return
+    from tvm_nm.compiler import compile as compile_model
+    from tvm_nm.pruning import DEFAULT_PATTERN
+    from tvm_nm.report import summary
+
+    output = output or Path(f"{model.stem}-tvm")
+    with Steps() as steps:
+        built = compile_model(
+            model,
+            output=output,
+            pattern=pattern or DEFAULT_PATTERN,
+            density=density,
+            include=include,
+            exclude=exclude,
+            threads=threads,
+            target=target,
+            shapes=_shapes(shapes),
+            verify=not no_verify,
+            progress=steps,
+        )
+    _emit(built.manifest.to_dict(), json_file)
+    if json_file != "-":
+        click.echo(summary(built.manifest))
+        click.echo(f"\nwritten to {output}; the layers are listed in {output / 'report.txt'}")
+
+
+@cli.command()
+@click.argument("artifact", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), metavar="MODEL", help="ONNX model for onnxruntime to run.")
+@_threads_option
+@click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Blocks of calls.")
+@click.option("--layers", is_flag=True, help="Show the time of each layer.")
+@_json_option
+def bench(
+    artifact: Path, against: Path | None, threads: int | None, rounds: int, layers: bool, json_file: str | None
+) -> None:
+    """Measure the latency of the artefact DIR, beside onnxruntime if wanted.
+
+    Both take turns in short blocks, with equally many threads. The speed-up is the ratio of the medians.
+    """
+    from tvm_nm.report import layer_times_table, timing_table
+    from tvm_nm.runtime import load
+
+    with Steps() as steps:
+        steps("loading")
+        model = load(artifact, threads=threads)
+        steps("measuring")
+        result = model.benchmark(against, rounds=rounds, layers=layers)
+    _emit(result.to_dict(), json_file)
+    if json_file == "-":
+        return
+    if layers:
+        _print(layer_times_table(result.layers))
+        click.echo()
+    _print(timing_table(result.timings))
+
+
+@cli.command()
+@click.argument("path", metavar="MODEL|DIR", type=click.Path(path_type=Path))
+@_shape_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, shapes: tuple[str, ...], as_json: bool) -> None:
+    """List the layers of an ONNX model, with the sparsity patterns found in their weights, or of an artefact."""
+    from tvm_nm.report import layer_table, sparsity_rows, sparsity_table, summary
+
+    if path.is_dir():
+        from tvm_nm.artifact import Manifest
+
+        manifest = Manifest.load(path)
+        if as_json:
+            click.echo(manifest.to_json(), nl=False)
+        else:
+            click.echo(summary(manifest) + "\n")
+            _print(layer_table(manifest.layers))
+        return
+    from tvm_nm.pruning import inspect_model
+
+    found = inspect_model(path, _shapes(shapes))
+    if as_json:
+        click.echo(json.dumps(sparsity_rows(found), indent=2))
+    else:
+        _print(sparsity_table(found))
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
+@_prune_options
+@_shape_option
+def prune(
+    model: Path,
+    output: Path,
+    pattern: str | None,
+    density: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    shapes: tuple[str, ...],
+) -> None:
+    """Zero weights of MODEL.onnx and write it as an ONNX model again, to fine-tune it or to run it elsewhere."""
+    from tvm_nm.pruning import DEFAULT_PATTERN, PruneRequest, prune_file
+
+    request = PruneRequest.make(pattern or DEFAULT_PATTERN, density, include, exclude)
+    with Steps() as steps:
+        steps("pruning")
+        masks = prune_file(model, output, request, _shapes(shapes))
+    kept, total = sum(int(mask.sum()) for mask in masks.values()), sum(mask.size for mask in masks.values())
+    click.echo(f"pruned {len(masks)} layers to {request.pattern}: {kept} of their {total} weights are left")
+    click.echo(f"written to {output}")
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Keep the sparse artefact.")
+@_prune_options
+@_threads_option
+@_json_option
+def demo(
+    output: Path | None,
+    pattern: str | None,
+    density: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    threads: int | None,
+    json_file: str | None,
+) -> None:
+    """Compile the network that comes with tvm-nm and show what sparsity does to its speed and accuracy."""
+    _demo(pattern, density, include, exclude, threads, output, json_file)
+
+
+def _demo(
+    pattern: str | None,
+    density: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    threads: int | None,
+    output: Path | None,
+    json_file: str | None,
+) -> None:
+    from tvm_nm.demo import DEMO_DENSITY, DEMO_PATTERN, run_demo
+    from tvm_nm.pruning import PruneRequest
+    from tvm_nm.report import layer_times_table, timing_table
+
+    if pattern is None and density is None:
+        density = DEMO_DENSITY
+    request = PruneRequest.make(pattern or DEMO_PATTERN, density, include, exclude)
+    with Steps() as steps:
+        result = run_demo(request, threads=threads, output=output, progress=steps)
+    _emit(result.to_dict(), json_file)
+    if json_file == "-":
+        return
+    click.echo("Where the time of the sparse build goes:\n")
+    _print(layer_times_table(result.layers))
+    click.echo("\nLatency of one image, NumPy to NumPy, taken in turns:\n")
+    _print(timing_table(result.timings))
+    dense, sparse = result.top1
+    click.echo(f"\nTop-1 on {result.images} images of {result.dataset}: dense {dense:.2%}, sparse {sparse:.2%}")
+    if output is not None:
+        click.echo(f"written to {output}")
+
+
+def _print(table: Table) -> None:
+    from tvm_nm.report import to_text
+
+    click.echo(to_text(table), nl=False)
+
+
+def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    from tvm_nm.frontend import parse_shapes
+
+    try:
+        return parse_shapes(texts)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from error
+
+
+def _emit(data: dict[str, Any], json_file: str | None) -> None:
+    if json_file is None:
+        return
+    text = json.dumps(data, indent=2) + "\n"
+    if json_file == "-":
+        click.echo(text, nl=False)
+    else:
+        Path(json_file).write_text(text, encoding="utf-8")

@@ -1,0 +1,180 @@
+"""Pruning on request: one pattern for all layers that are worth it, in a module or in an ONNX file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import tvm
+
+from tvm_nm.detect import Detection, detect_pattern
+from tvm_nm.errors import ArtifactError, PlanError
+from tvm_nm.frontend import import_onnx
+from tvm_nm.inventory import Layer, inventory, layer_calls
+from tvm_nm.masks import BoolArray
+from tvm_nm.passes.prune import Prune
+from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
+from tvm_nm.plan import uniform_plan
+from tvm_nm.prune_onnx import prune_onnx
+
+__all__ = [
+    "DEFAULT_DENSITY",
+    "DEFAULT_PATTERN",
+    "LayerSparsity",
+    "PruneRequest",
+    "inspect_model",
+    "prune_file",
+    "prune_module",
+]
+
+DEFAULT_PATTERN = "1x16"
+DEFAULT_DENSITY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PruneRequest:
+    """What to prune.
+
+    Attributes
+    ----------
+    pattern
+        The sparsity pattern; `tvm_nm.patterns.Dense` prunes nothing.
+    density
+        Share of weights kept.
+    include, exclude
+        Globs of layers to prune although they are spared by default, and of layers to leave alone; see
+        `tvm_nm.plan.uniform_plan`.
+    """
+
+    pattern: SparsityPattern
+    density: float
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def make(
+        cls,
+        pattern: str | SparsityPattern = DEFAULT_PATTERN,
+        density: float | None = None,
+        include: Iterable[str] = (),
+        exclude: Iterable[str] = (),
+    ) -> PruneRequest:
+        """Read a request: the pattern may be a text, the density may be left to it.
+
+        Raises
+        ------
+        PlanError
+            If the pattern's text form is unknown or the density does not go with it.
+        """
+        try:
+            chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+            if density is None and chosen.fixed_density is None:
+                density = DEFAULT_DENSITY
+            return cls(chosen, chosen.check_density(density), tuple(include), tuple(exclude))
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSparsity:
+    """A layer of a model, and the pattern that its weights are found to have.
+
+    Attributes
+    ----------
+    layer
+        The layer.
+    detection
+        The pattern and the density.
+    """
+
+    layer: Layer
+    detection: Detection
+
+
+def prune_module(module: tvm.IRModule, request: PruneRequest) -> tuple[tvm.IRModule, dict[str, BoolArray]]:
+    """Prune a canonical module.
+
+    Returns
+    -------
+    The pruned module, and by the names of the pruned layers which weights are left, as `prune_onnx` takes it.
+
+    Raises
+    ------
+    PlanError
+        If a glob matches no layer.
+    """
+    plan = uniform_plan(inventory(module), request.pattern, request.density, request.include, request.exclude)
+    if isinstance(request.pattern, Dense):
+        return module, {}
+    module = tvm.transform.Sequential([Prune(plan)])(module)
+    names = {choice.name for choice in plan.layers}
+    return module, {found.layer.name: found.weight != 0 for found in layer_calls(module) if found.layer.name in names}
+
+
+def prune_file(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    request: PruneRequest,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, BoolArray]:
+    """Prune an ONNX file; the result is the same model with zeros among its weights.
+
+    Parameters
+    ----------
+    model
+        The file.
+    output
+        The file to write; it is replaced if it exists.
+    request
+        What to prune.
+    shapes
+        Shapes of inputs that have symbolic axes; they are needed to read the model and do not end up in the result.
+
+    Returns
+    -------
+    By the names of the pruned layers, which weights are left.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model cannot be read.
+    PlanError
+        If a glob matches no layer.
+    ArtifactError
+        If the output cannot be written.
+    """
+    source, target = Path(model), Path(output)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ArtifactError(f"{target} is the model itself; choose another output")
+    _, masks = prune_module(import_onnx(source, shapes=shapes, verify=False).module, request)
+    pruned = prune_onnx(onnx.load(source), masks, in_place=True)
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        onnx.save(pruned, scratch)
+        scratch.replace(target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; choose another output") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+    return masks
+
+
+def inspect_model(
+    model: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]] | None = None
+) -> tuple[LayerSparsity, ...]:
+    """List a model's convolutions and fully connected layers, with the patterns that their weights have.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model cannot be read or holds something that cannot be compiled.
+    """
+    module = import_onnx(model, shapes=shapes, verify=False).module
+    return tuple(
+        LayerSparsity(found.layer, detect_pattern(found.weight != 0, found.layer.groups))
+        for found in layer_calls(module)
+    )

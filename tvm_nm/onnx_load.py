@@ -95,6 +95,9 @@ def split_model(
         If a tensor is damaged, too large, or its external data is missing or outside `folder`.
     """
     graph = model.graph
+    for text in _texts(model):
+        if isinstance(text, bytes):  # how protobuf hands out text that is no valid UTF-8
+            raise UnsupportedModelError(f"the model is damaged: the name {text!r} is no valid UTF-8")
     weights: Weights = {}
     budget = max_bytes
     for tensor, name, where in _constant_tensors(graph):
@@ -118,6 +121,21 @@ def split_model(
             skeleton.graph.initializer.append(numpy_helper.from_array(array, name))
     _name_nodes(skeleton.graph)
     return skeleton, weights
+
+
+def _texts(model: onnx.ModelProto) -> Iterator[str | bytes]:
+    """Yield every name that later code reads."""
+    graph = model.graph
+    yield graph.name
+    yield from (entry.domain for entry in model.opset_import)
+    yield from (tensor.name for tensor in graph.initializer)
+    yield from (sparse.values.name for sparse in graph.sparse_initializer)
+    for value in (*graph.input, *graph.output):
+        yield value.name
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
 
 
 def _is_tensor_constant(node: onnx.NodeProto) -> bool:

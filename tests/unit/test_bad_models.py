@@ -74,6 +74,13 @@ class TestFiles:
         refused(tmp_path / "m.onnx", "limit of 1000", max_bytes=1000)
         refused(small_cnn(), "limit of 1000", max_bytes=1000)
 
+    @pytest.mark.parametrize("name", [b"input", b"/conv2/Conv", b"conv2", b"Relu", b"w1", b"pads", b"net"])
+    def test_names_that_are_no_text(self, tmp_path: Path, name: bytes) -> None:
+        data = small_cnn().SerializeToString()
+        assert name in data
+        (tmp_path / "m.onnx").write_bytes(data.replace(name, b"\xff" + name[1:], 1))
+        refused(tmp_path / "m.onnx", "UTF-8")
+
     def test_other_protobuf(self, tmp_path: Path) -> None:
         (tmp_path / "m.onnx").write_bytes(numpy_helper.from_array(np.ones(3, np.float32)).SerializeToString())
         refused(tmp_path / "m.onnx", "m.onnx")

@@ -19,7 +19,7 @@ from tvm import relax
 from tvm_nm.relax_numpy import as_constant, as_numpy, evaluate_constant_call
 from tvm_nm.relax_numpy_ops import Array
 
-__all__ = ["TUPLE_ITEM", "Dataflow", "Rule", "constant_of", "is_call", "static_shape"]
+__all__ = ["TUPLE_ITEM", "Dataflow", "Rule", "constant_of", "is_call", "static_shape", "variables"]
 
 Rule: TypeAlias = Callable[["Dataflow", Any], Any]
 """``rule(flow, value)`` gives the expression that replaces the value, or None where it does not apply."""
@@ -107,14 +107,14 @@ class Dataflow:
             return value
         var = relax.DataflowVar(name, value.ty)
         self._bind(var, value)
-        self._uses.update(_variables(value))
+        self._uses.update(variables(value))
         return var
 
     def sweep(self, rules: Mapping[str, Sequence[Rule]]) -> bool:
         """Rewrite all bindings once, from first to last; returns whether anything changed."""
         self._prune()
-        self._uses = Counter(v for _, value in self._bindings for v in _variables(value))
-        self._uses.update(_variables(self._result))
+        self._uses = Counter(v for _, value in self._bindings for v in variables(value))
+        self._uses.update(variables(self._result))
         self._rules = rules
         old, self._bindings, self._values, self._alias = self._bindings, [], {}, {}
         changed = False
@@ -127,11 +127,11 @@ class Dataflow:
                 target = relax.DataflowVar(var.name, new.ty)
                 self._bind(target, new)
                 self._uses[target] = self._uses[var]
-                self._uses.update(_variables(new) if rewritten else [])
+                self._uses.update(variables(new) if rewritten else [])
             else:  # a variable, a constant, a tuple or a shape: goes straight into its users
                 target = new
                 changed = True
-                for operand in _variables(new):
+                for operand in variables(new):
                     self._uses[operand] += self._uses[var]
             self._alias[var] = target
         self._result = self._resolve(self._result)
@@ -195,11 +195,11 @@ class Dataflow:
 
     def _prune(self) -> None:
         """Drop bindings that the result does not need."""
-        needed = set(_variables(self._result))
+        needed = set(variables(self._result))
         kept = []
         for var, value in reversed(self._bindings):
             if var in needed:
-                needed.update(_variables(value))
+                needed.update(variables(value))
                 kept.append((var, value))
         self._bindings = kept[::-1]
 
@@ -226,14 +226,14 @@ def _is_constant(expr: Any) -> bool:
     return isinstance(expr, tvm.ir.GenericConst | tvm.tirx.IntImm | tvm.tirx.FloatImm)
 
 
-def _variables(expr: Any) -> list[Any]:
+def variables(expr: Any) -> list[Any]:
     """Variables that an expression uses, each as often as it does."""
     if isinstance(expr, relax.Call):
-        return [v for a in expr.args for v in _variables(a)]
+        return [v for a in expr.args for v in variables(a)]
     if isinstance(expr, relax.Tuple):
-        return [v for f in expr.fields for v in _variables(f)]
+        return [v for f in expr.fields for v in variables(f)]
     if isinstance(expr, relax.TupleGetItem):
-        return _variables(expr.tuple_value)
+        return variables(expr.tuple_value)
     return [expr] if isinstance(expr, relax.Var) else []
 
 

@@ -29,7 +29,7 @@ REPORTS_ATTR = "tvm_nm.layer_reports"
 def layer_reports(mod: tvm.IRModule) -> tuple[LayerReport, ...]:
     """Return what `Lower` did to each layer of a module, in the order of their calls."""
     text = mod.get_attr(REPORTS_ATTR)
-    return () if text is None else tuple(LayerReport(**entry) for entry in json.loads(str(text)))
+    return () if text is None else tuple(LayerReport(**entry) for entry in json.loads(str(text))["layers"])
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_nm.Lower")
@@ -63,7 +63,8 @@ class Lower:
         layers = fuse_epilogues(calls, bindings, main.body.body)
         lowering = _Lowering(mod, layers, self._target, always_sparse=self._always_sparse)
         lowered = lowering.run(mod)
-        reports = json.dumps([report.to_dict() for report in lowering.reports])
+        # An object, not a list: TVM cannot read an attribute of fewer than 8 characters back.
+        reports = json.dumps({"layers": [report.to_dict() for report in lowering.reports]})
         return lowered.without_attr(LAYERS_ATTR).with_attr(REPORTS_ATTR, reports)
 
 

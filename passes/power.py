@@ -16,8 +16,8 @@ __all__ = ["QuarterPowers"]
 class QuarterPowers:
     """Rewrite ``x ** 0.25``, ``x ** 0.5`` and ``x ** 0.75`` as square roots.
 
-    A power becomes one call of the C library for every element; a square root is a vector instruction. For x >= 0, where
-    these powers are defined, the result differs by rounding only.
+    A power becomes one call of the C library for every element; a square root is a vector instruction. For x >= 0,
+    where these powers are defined, the result differs by rounding only.
     """
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:

@@ -21,6 +21,8 @@ __all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload"]
 
 Weights = npt.NDArray[np.float32]
 
+# The model's error is of this order: a smaller predicted gain is no gain.
+_CONV_WORTHWHILE = 0.95
 # A sparse FC kernel reads this share of the dense one's bytes, or it is not worth its index look-ups.
 _FC_WORTHWHILE = 0.9
 
@@ -75,7 +77,7 @@ def choose_conv(
     note = _why_dense(detection)
     if sparse is not None:
         ratio = predicted_cycles(sparse) / predicted_cycles(dense)
-        if ratio < 1 or always_sparse:
+        if ratio < _CONV_WORTHWHILE or always_sparse:
             return Choice(sparse, pack_conv(sparse, weights), str(detection.pattern), detection.density, "")
         note = f"{detection.pattern} at density {detection.density:.2f}: predicted {ratio:.2f}x the dense kernel's time"
     return Choice(dense, pack_conv(dense, weights), "dense", detection.density, note)

@@ -21,7 +21,7 @@ from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.geometry import PixelGeometry
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["CONV_RULE", "ConvKernel", "IndexKind", "conv_prim_func", "padded_input"]
+__all__ = ["CONV_RULE", "ConvKernel", "IndexKind", "conv_prim_func", "padded_input", "tap_position"]
 
 CONV_RULE = "tvm_nm_conv"
 
@@ -122,7 +122,7 @@ def padded_input(geometry: PixelGeometry, data: te.Tensor, fill: float = 0.0) ->
 
     def element(n: Any, c: Any, phase: Any, row: Any, column: Any) -> Any:
         y = row * work.stride[0] + phase // geometry.phase_columns - top
-        x = column * work.stride[1] + phase % geometry.phase_columns - left
+        x = column * work.stride[1] + phase % geometry.phase_columns * geometry.column_step - left
         inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
         return tirx.if_then_else(inside, data[n, c, y, x], tirx.const(fill, "float32"))
 
@@ -176,11 +176,7 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         channel = g * work.in_channels_per_group + kept if index is None else index[g, row, kept].astype("int32")
         if direct:
             return source[n, channel, chunk, pixel]
-        y, x = ky * work.dilation[0], kx * work.dilation[1]
-        phase = tirx.indexmod(y, work.stride[0]) * geometry.phase_columns + tirx.indexmod(x, work.stride[1])
-        if work.taps == 1:
-            phase = 0
-        tap = tirx.indexdiv(y, work.stride[0]) * pitch + tirx.indexdiv(x, work.stride[1])
+        phase, tap = tap_position(geometry, ky, kx)
         q = chunk * (geometry.rows_per_chunk * pitch) + tap + pixel
         return source[n, channel, phase, tirx.indexdiv(q, pitch), tirx.indexmod(q, pitch)]
 
@@ -216,6 +212,17 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
     return te.compute(shape, product, name="sums", attrs=attrs)
 
 
+def tap_position(geometry: PixelGeometry, ky: Any, kx: Any) -> tuple[Any, Any]:
+    """Return the phase that a tap reads and its offset from a virtual pixel in it; ky and kx are reduction axes."""
+    work = geometry.workload
+    if work.taps == 1:
+        return 0, 0
+    y = ky * work.dilation[0]
+    column_phase, column = geometry.tap_column(kx)
+    phase = tirx.indexmod(y, work.stride[0]) * geometry.phase_columns + column_phase
+    return phase, tirx.indexdiv(y, work.stride[0]) * geometry.pitch + column
+
+
 def _flattened(kernel: ConvKernel, data: te.Tensor) -> te.Tensor:
     """Return the padded copy as (batch, element): data-dependent offsets need one flat axis."""
     geometry = kernel.geometry
@@ -227,7 +234,7 @@ def _flattened(kernel: ConvKernel, data: te.Tensor) -> te.Tensor:
         row = tirx.indexmod(tirx.indexdiv(flat, geometry.pitch), geometry.plane_rows)
         phase = tirx.indexmod(tirx.indexdiv(flat, geometry.plane), geometry.phases)
         y = row * work.stride[0] + tirx.indexdiv(phase, geometry.phase_columns) - top
-        x = column * work.stride[1] + tirx.indexmod(phase, geometry.phase_columns) - left
+        x = column * work.stride[1] + tirx.indexmod(phase, geometry.phase_columns) * geometry.column_step - left
         inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
         channel = tirx.indexdiv(flat, geometry.channel_size)
         return tirx.if_then_else(inside, data[n, channel, y, x], tirx.const(0.0, "float32"))

@@ -15,10 +15,13 @@ scratch buffer that fits the cache; its pixels are counted in vectors of the mac
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["PixelGeometry", "candidate_geometries"]
+
+_MAX_COLUMN_COPIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,16 @@ class PixelGeometry:
         Elements from one row of the padded copy to the next.
     rows_per_chunk
         Output rows of one chunk.
+    column_copies
+        Hold one copy of the input for each kernel column, shifted so that every tap column starts where its pixels do.
+        Then no load is shifted against its cache line by kx and no columns are thrown away, for `KW` times the copying.
     """
 
     workload: ConvWorkload
     lanes: int
     pitch: int
     rows_per_chunk: int
+    column_copies: bool = False
 
     @property
     def chunks(self) -> int:
@@ -59,7 +66,22 @@ class PixelGeometry:
 
     @property
     def phase_columns(self) -> int:
+        """Horizontal phases: the stride, or one for each kernel column where each has its own copy."""
+        if self.column_copies:
+            return self.workload.kernel[1]
         return self.workload.stride[1] if self.workload.kernel[1] > 1 else 1
+
+    @property
+    def column_step(self) -> int:
+        """Input columns from one horizontal phase to the next."""
+        return self.workload.dilation[1] if self.column_copies else 1
+
+    def tap_column(self, kx: Any) -> tuple[Any, Any]:
+        """Return the horizontal phase that tap column `kx` reads and its column in it; `kx` may be a TIR expression."""
+        if self.column_copies:
+            return kx, 0
+        x = kx * self.workload.dilation[1]
+        return x % self.workload.stride[1], x // self.workload.stride[1]
 
     @property
     def phases(self) -> int:
@@ -70,7 +92,7 @@ class PixelGeometry:
         """Rows of the padded copy of one channel and phase, with room for the last vector of the last tap."""
         work = self.workload
         last_row = (work.kernel[0] - 1) * work.dilation[0] // work.stride[0]
-        last_column = (work.kernel[1] - 1) * work.dilation[1] // work.stride[1]
+        last_column = self.tap_column(work.kernel[1] - 1)[1]
         start = (self.chunks - 1) * self.rows_per_chunk * self.pitch
         end = start + last_row * self.pitch + last_column + self.vectors * self.lanes
         return -(-end // self.pitch)
@@ -88,9 +110,10 @@ class PixelGeometry:
     def tap_offset(self, ky: int, kx: int) -> int:
         """Offset of tap (ky, kx) from a virtual pixel, in elements of the padded copy of its channel."""
         work = self.workload
-        y, x = ky * work.dilation[0], kx * work.dilation[1]
-        phase = y % work.stride[0] * self.phase_columns + x % work.stride[1]
-        return phase * self.plane + y // work.stride[0] * self.pitch + x // work.stride[1]
+        y = ky * work.dilation[0]
+        column_phase, column = self.tap_column(kx)
+        phase = y % work.stride[0] * self.phase_columns + int(column_phase)
+        return phase * self.plane + y // work.stride[0] * self.pitch + int(column)
 
     @property
     def reads_input_directly(self) -> bool:
@@ -122,9 +145,12 @@ def candidate_geometries(workload: ConvWorkload, lanes: int) -> list[PixelGeomet
         else:
             flat = replace(workload, height=1, width=pixels)
             found.append(PixelGeometry(flat, lanes, -(-pixels // lanes) * lanes, 1))
-    pitch = workload.out_width + (workload.kernel[1] - 1) * workload.dilation[1] // workload.stride[1]
+    width = workload.out_width
+    layouts = [(width + (workload.kernel[1] - 1) * workload.dilation[1] // workload.stride[1], False)]
+    if 1 < workload.kernel[1] <= _MAX_COLUMN_COPIES:
+        layouts += [(width, True)] + ([(-(-width // lanes) * lanes, True)] if width % lanes else [])
     for chunks in range(1, min(workload.out_height, 64) + 1):
         rows = -(-workload.out_height // chunks)
         if -(-workload.out_height // rows) == chunks:
-            found.append(PixelGeometry(workload, lanes, pitch, rows))
+            found.extend(PixelGeometry(workload, lanes, pitch, rows, copies) for pitch, copies in layouts)
     return found

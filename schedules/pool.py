@@ -20,7 +20,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, te, tirx
 
-from tvm_nm.schedules.conv import padded_input
+from tvm_nm.schedules.conv import padded_input, tap_position
 from tvm_nm.schedules.conv_template import schedule_pad
 from tvm_nm.schedules.geometry import PixelGeometry
 from tvm_nm.schedules.machine import Machine
@@ -83,11 +83,7 @@ def pool_prim_func(kernel: PoolKernel) -> tvm.tirx.PrimFunc:
     reduce = te.max if kind is PoolKind.MAX else te.sum
 
     def window(n: Any, chunk: Any, c: Any, v: Any, lane: Any) -> Any:
-        y, x = ky * work.dilation[0], kx * work.dilation[1]
-        phase = tirx.indexmod(y, work.stride[0]) * geometry.phase_columns + tirx.indexmod(x, work.stride[1])
-        if work.taps == 1:
-            phase = 0
-        tap = tirx.indexdiv(y, work.stride[0]) * pitch + tirx.indexdiv(x, work.stride[1])
+        phase, tap = tap_position(geometry, ky, kx)
         q = chunk * (geometry.rows_per_chunk * pitch) + tap + v * lanes + lane
         return reduce(source[n, c, phase, tirx.indexdiv(q, pitch), tirx.indexmod(q, pitch)], axis=[ky, kx])
 

@@ -21,7 +21,9 @@ _L2_BYTES_PER_CYCLE = 28.0
 _COPY_BYTES_PER_CYCLE = 8.0
 _FMA_LATENCY = 4.0
 _LOOP_OVERHEAD = 2.0
+_LOAD_SLOTS_PER_CYCLE = 1.4
 _STRADDLE = 2.0
+_HALF_STRADDLE = 1.5
 _TASK_OVERHEAD = 300.0
 _FLUSH_CYCLES_PER_VECTOR = 1.5
 
@@ -41,12 +43,24 @@ def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_
     """Cycles of one reduction step of an `oc_tile` x `vectors` register tile."""
     work = geometry.workload
     fmas = oc_tile * vectors
-    loads = oc_tile + vectors * (1.0 if work.taps == 1 else _STRADDLE)
-    cycles = max(fmas / 2, loads / 2, _FMA_LATENCY)
-    bytes_per_channel = work.kernel[0] * (vectors * geometry.lanes + work.kernel[1] - 1) * 4
+    loads = oc_tile + vectors * _load_slots(geometry)
+    cycles = max(fmas / 2, loads / _LOAD_SLOTS_PER_CYCLE, _FMA_LATENCY)
+    copies = work.kernel[1] if geometry.column_copies else 1
+    bytes_per_channel = work.kernel[0] * copies * (vectors * geometry.lanes + work.kernel[1] - 1) * 4
     if bytes_per_channel * reduction_channels > _L1_BYTES:
         cycles = max(cycles, bytes_per_channel / work.taps / _L2_BYTES_PER_CYCLE)
     return cycles + _LOOP_OVERHEAD
+
+
+def _load_slots(geometry: PixelGeometry) -> float:
+    """Load slots of one input vector: two where it straddles a cache line."""
+    work = geometry.workload
+    if work.taps == 1:
+        return 1.0
+    aligned_rows = geometry.pitch % geometry.lanes == 0 or work.kernel[0] == 1
+    if geometry.column_copies:
+        return 1.0 if aligned_rows else _HALF_STRADDLE
+    return _STRADDLE
 
 
 def _flush_cycles(kernel: ConvKernel) -> float:

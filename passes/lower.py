@@ -110,7 +110,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         if isinstance(kernel, ConvKernel):
             work = kernel.workload
             function = self.builder_.add_func(conv_prim_func(kernel), "tvm_nm_conv")
-            in_shape = (work.batch, work.in_channels, work.height, work.width)
+            in_shape: tuple[int, ...] = (work.batch, work.in_channels, work.height, work.width)
             out_shape: tuple[int, ...] = (work.batch, work.out_channels, work.out_height, work.out_width)
         else:
             function = self.builder_.add_func(fc_prim_func(kernel), "tvm_nm_fc")

@@ -87,8 +87,9 @@ def choose_fc(
     layer: Layer, weights: Weights, epilogue: Epilogue, machine: Machine, *, always_sparse: bool = False
 ) -> Choice:
     """Choose a fully connected layer's kernel; as `choose_conv`, with weights (OUT, IN, 1, 1)."""
-    batch, in_features = layer.input_shape
-    matrix = weights.reshape(weights.shape[:2])
+    batch, in_features = layer.input_shape[0], layer.input_shape[1]
+    out_features = layer.weight_shape[0]
+    matrix = weights.reshape(out_features, in_features)
     detection = detect_pattern(weights != 0)
     note = _why_dense(detection)
     if not note and isinstance(detection.pattern, OneByN):
@@ -100,14 +101,14 @@ def choose_fc(
         else:
             kept = int(kept_per_block_row(weights, 1, block, IndexKind.CHANNEL).max())
             sparse = choose_fc_kernel(
-                batch, in_features, matrix.shape[0], epilogue, machine, block=block, kept=max(kept, 1)
+                batch, in_features, out_features, epilogue, machine, block=block, kept=max(kept, 1)
             )
             if kept < _FC_WORTHWHILE * in_features or always_sparse:
                 return Choice(sparse, pack_fc(sparse, matrix), str(detection.pattern), detection.density, "")
             note = f"{detection.pattern}: a block keeps {kept} of {in_features} inputs, built dense"
     elif not note and not isinstance(detection.pattern, Dense):
         note = f"{detection.pattern}: the FC kernel skips whole blocks of outputs only, built dense"
-    dense = choose_fc_kernel(batch, in_features, matrix.shape[0], epilogue, machine)
+    dense = choose_fc_kernel(batch, in_features, out_features, epilogue, machine)
     return Choice(dense, pack_fc(dense, matrix), "dense", detection.density, note)
 
 

@@ -46,7 +46,7 @@ def _attribute(sch: s_tir.Schedule, block: Any, name: str) -> int:
     return int(sch.get(block).annotations[name])
 
 
-@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{CONV_RULE}", override=True)
+@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{CONV_RULE}", override=True)  # type: ignore[untyped-decorator]
 def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     """Schedule the convolution whose reduction is block `sums`.
 

@@ -169,7 +169,7 @@ def fc_prim_func(kernel: FcKernel) -> tvm.tirx.PrimFunc:
     return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
 
 
-@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{FC_RULE}", override=True)
+@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{FC_RULE}", override=True)  # type: ignore[untyped-decorator]
 def schedule_fc(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     """Schedule the layer whose reduction is block `sums`."""
     block = int(sch.get(sums).annotations["tvm_nm_block"])

@@ -92,7 +92,7 @@ class PixelGeometry:
         """Rows of the padded copy of one channel and phase, with room for the last vector of the last tap."""
         work = self.workload
         last_row = (work.kernel[0] - 1) * work.dilation[0] // work.stride[0]
-        last_column = self.tap_column(work.kernel[1] - 1)[1]
+        last_column = int(self.tap_column(work.kernel[1] - 1)[1])
         start = (self.chunks - 1) * self.rows_per_chunk * self.pitch
         end = start + last_row * self.pitch + last_column + self.vectors * self.lanes
         return -(-end // self.pitch)

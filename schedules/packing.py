@@ -61,7 +61,8 @@ def kept_per_block_row(
     index
         `CHANNEL` counts input channels with any non-zero tap, `POSITION` counts (channel, tap) pairs.
     """
-    return _kept(_in_block_rows(weights, groups, block), index).sum(axis=-1)
+    counts: npt.NDArray[np.int64] = _kept(_in_block_rows(weights, groups, block), index).sum(axis=-1)
+    return counts
 
 
 def pack_conv(kernel: ConvKernel, weights: npt.NDArray[np.float32]) -> PackedWeights:
@@ -108,7 +109,8 @@ def _offsets(kernel: ConvKernel) -> npt.NDArray[np.int64]:
         return np.arange(work.in_channels_per_group)  # the kernel indexes channels of the input itself
     taps = [kernel.geometry.tap_offset(ky, kx) for ky in range(work.kernel[0]) for kx in range(work.kernel[1])]
     channels = np.arange(work.in_channels_per_group) * kernel.channel_stride
-    return (channels[:, None] + np.asarray(taps)).reshape(-1)
+    offsets: npt.NDArray[np.int64] = (channels[:, None] + np.asarray(taps)).reshape(-1)
+    return offsets
 
 
 def _to_tiles(values: npt.NDArray[np.float32], kernel: ConvKernel) -> npt.NDArray[np.float32]:

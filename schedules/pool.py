@@ -127,7 +127,7 @@ def _valid_taps(kernel: PoolKernel, y: Any, x: Any) -> Any:
     return along(y, 0, work.height, top, bottom) * along(x, 1, work.width, left, right)
 
 
-@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{POOL_RULE}", override=True)
+@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{POOL_RULE}", override=True)  # type: ignore[untyped-decorator]
 def schedule_pool(sch: s_tir.Schedule, window: Any) -> list[s_tir.Schedule]:
     """Schedule the pooling whose reduction is block `window`."""
     annotations = sch.get(window).annotations

@@ -33,7 +33,7 @@ def test_every_tap_of_every_pixel(work: ConvWorkload, lanes: int, data: st.DataO
                 for x in range(work.out_width):
                     row, column = divmod(offset - phase * geometry.plane + y * geometry.pitch + x, geometry.pitch)
                     input_y = row * work.stride[0] + phase // geometry.phase_columns - top
-                    input_x = column * work.stride[1] + phase % geometry.phase_columns - left
+                    input_x = column * work.stride[1] + phase % geometry.phase_columns * geometry.column_step - left
                     assert input_y == y * work.stride[0] + ky * work.dilation[0] - top
                     assert input_x == x * work.stride[1] + kx * work.dilation[1] - left
 

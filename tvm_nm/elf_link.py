@@ -36,6 +36,7 @@ from tvm_nm.elf_object import (
     LinkError,
     Relocation,
     Section,
+    damage_reported,
     read_object,
 )
 
@@ -86,9 +87,10 @@ def link_shared(object_file: bytes, blob: memoryview, blob_symbol: str, out: Wri
     OSError
         If `out` cannot be written.
     """
-    linker = _Linker(object_file, blob.cast("B"), blob_symbol)
+    with damage_reported():
+        pieces = list(_Linker(object_file, blob.cast("B"), blob_symbol).pieces())
     position = 0
-    for offset, data in linker.pieces():
+    for offset, data in pieces:
         out.write(bytes(offset - position))
         out.write(data)
         position = offset + len(data)

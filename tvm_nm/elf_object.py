@@ -6,10 +6,21 @@ Source: System V ABI, generic part, chapter 4. Names are those of the ABI.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["LinkError", "ObjectFile", "Relocation", "Section", "Symbol", "is_x86_64_object", "read_object"]
+__all__ = [
+    "LinkError",
+    "ObjectFile",
+    "Relocation",
+    "Section",
+    "Symbol",
+    "damage_reported",
+    "is_x86_64_object",
+    "read_object",
+]
 
 PAGE = 4096
 
@@ -127,9 +138,16 @@ def read_object(data: bytes) -> ObjectFile:
     """
     if not is_x86_64_object(data):
         raise LinkError("not an x86-64 ELF object file")
-    try:
+    with damage_reported():
         return _read(data)
-    except (struct.error, IndexError, ValueError) as error:
+
+
+@contextmanager
+def damage_reported() -> Iterator[None]:
+    """Turn what numbers that make no sense lead to into a LinkError."""
+    try:
+        yield
+    except (struct.error, IndexError, KeyError, OverflowError, ValueError) as error:
         raise LinkError(f"the object file is damaged or truncated: {error}") from error
 
 

@@ -144,7 +144,7 @@ def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str
     return case.work, kernel, weights, case.target, case.seed
 
 
-@settings(max_examples=30, **PROPERTY)
+@settings(max_examples=20, **PROPERTY)
 @given(variants())
 def test_variants_that_only_tuning_tries(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
     work, kernel, weights, target, seed = variant

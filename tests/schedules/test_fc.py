@@ -63,7 +63,7 @@ def longest(weights: np.ndarray, block: int) -> int:
     return max(1, *(int((weights[r : r + block] != 0).any(axis=0).sum()) for r in rows))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases)
 def test_random_layers(case: Case) -> None:
     target = TARGETS[case.target]

@@ -63,7 +63,7 @@ def check(work: ConvWorkload, explicit: tuple[int, int, int, int], kind: PoolKin
         np.testing.assert_allclose(out, expected, rtol=1e-6)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=35, deadline=None, suppress_health_check=list(HealthCheck))
 @given(pools(), st.sampled_from(PoolKind), st.sampled_from(sorted(TARGETS)))
 def test_random_pools(pool: tuple[ConvWorkload, tuple[int, int, int, int]], kind: PoolKind, target: str) -> None:
     work, explicit = pool

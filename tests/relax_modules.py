@@ -63,16 +63,25 @@ class Builder:
 
 
 def module(
-    build: Callable[..., Any], *shapes: tuple[int, ...], names: Sequence[str] | None = None, seed: int = 0
+    build: Callable[..., Any],
+    *shapes: tuple[int, ...],
+    names: Sequence[str] | None = None,
+    seed: int = 0,
+    bind_tuple: bool = True,
 ) -> tvm.IRModule:
-    """One function "main" with one dataflow block; `build(b, *inputs)` returns its result or a list of results."""
+    """One function "main" with one dataflow block; `build(b, *inputs)` returns its result or a list of results.
+
+    The tuple of several results is a binding of the block, as Canonicalize has it, or stands in the function's body.
+    """
     builder = relax.BlockBuilder()
     inputs = [relax.Var(f"x{i}", relax.TensorType(shape, "float32")) for i, shape in enumerate(shapes)]
     with builder.function("main", inputs):
         with builder.dataflow():
             result = build(Builder(builder, seed), *inputs)
-            result = relax.Tuple(result) if isinstance(result, list) else result
-            out = builder.emit_output(result)
+            if isinstance(result, list) and not bind_tuple:
+                out = relax.Tuple([builder.emit_output(part) for part in result])
+            else:
+                out = builder.emit_output(relax.Tuple(result) if isinstance(result, list) else result)
         builder.emit_func_output(out)
     mod = builder.get()
     return mod if names is None else mod.with_attr(LAYERS_ATTR, list(names))

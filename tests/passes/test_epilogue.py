@@ -19,8 +19,8 @@ X = (1, 4, 6, 6)
 op = relax.op
 
 
-def fuse(build: Callable[..., Any], *shapes: tuple[int, ...]) -> tuple[FusedLayer, ...]:
-    main = (mod := module(build, *(shapes or (X,))))["main"]
+def fuse(build: Callable[..., Any], *shapes: tuple[int, ...], bind_tuple: bool = True) -> tuple[FusedLayer, ...]:
+    main = (mod := module(build, *(shapes or (X,)), bind_tuple=bind_tuple))["main"]
     bindings = [binding for block in main.body.blocks for binding in block.bindings]
     return fuse_epilogues(layer_calls(mod), bindings, main.body.body)
 
@@ -186,12 +186,15 @@ def test_an_activation_with_two_users_is_absorbed() -> None:
     assert only(build).epilogue == Epilogue(False, 0.0)
 
 
-def test_an_output_of_the_function_is_the_end() -> None:
+@pytest.mark.parametrize("bind_tuple", [True, False])
+def test_an_output_of_the_function_is_the_end(bind_tuple: bool) -> None:
     def build(b: Builder, x: Any) -> list[Any]:
         y = b.bias(b.conv(x, 8))
         return [y, b.relu(y)]
 
-    assert only(build).epilogue == Epilogue()
+    (layer,) = fuse(build, bind_tuple=bind_tuple)
+    assert layer.epilogue == Epilogue()
+    assert len(layer.absorbed) == 1
 
 
 def test_a_layer_added_to_itself() -> None:

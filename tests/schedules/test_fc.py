@@ -132,6 +132,7 @@ def test_sparse_layers_read_less() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
 def test_blocks_for_every_thread(threads: int) -> None:
-    kernel = choose_fc_kernel(1, 2048, 1000, Epilogue(), Machine(16, 32, threads))
-    assert kernel.blocks >= 2 * threads
-    assert kernel.block % 16 == 0
+    for outputs in (256, 1000):
+        kernel = choose_fc_kernel(1, 2048, outputs, Epilogue(), Machine(16, 32, threads))
+        assert kernel.blocks >= 2 * threads
+        assert kernel.block % 16 == 0

@@ -26,6 +26,10 @@ class Builder:
         """Bind a value."""
         return self._builder.emit(value)
 
+    def output(self, value: Any) -> Any:
+        """Bind a value that the function returns, in a tuple that is not bound."""
+        return self._builder.emit_output(value)
+
     def constant(self, *shape: int) -> Any:
         """A constant of integers from -3 to 3."""
         return relax.const(self._rng.integers(-3, 4, shape).astype(np.float32))
@@ -79,7 +83,8 @@ def module(
         with builder.dataflow():
             result = build(Builder(builder, seed), *inputs)
             if isinstance(result, list) and not bind_tuple:
-                out = relax.Tuple([builder.emit_output(part) for part in result])
+                inner = relax.DataflowVar
+                out = relax.Tuple([builder.emit_output(p) if isinstance(p, inner) else p for p in result])
             else:
                 out = builder.emit_output(relax.Tuple(result) if isinstance(result, list) else result)
         builder.emit_func_output(out)

@@ -197,6 +197,16 @@ def test_an_output_of_the_function_is_the_end(bind_tuple: bool) -> None:
     assert len(layer.absorbed) == 1
 
 
+def test_what_is_returned_has_another_user_than_its_binding_shows() -> None:
+    def build(b: Builder, x: Any) -> list[Any]:
+        y = b.output(op.add(b.conv(x, 8), b.constant(1, 8, 1, 1)))
+        return [y, b.output(op.nn.relu(y))]
+
+    (layer,) = fuse(build, bind_tuple=False)
+    assert layer.epilogue == Epilogue()
+    assert len(layer.absorbed) == 1
+
+
 def test_a_layer_added_to_itself() -> None:
     def build(b: Builder, x: Any) -> Any:
         y = b.conv(x, 8)

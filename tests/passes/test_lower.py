@@ -172,6 +172,16 @@ def test_a_layer_with_two_users_is_computed_once() -> None:
     assert_same_results(mod, 1e-6)
 
 
+def test_results_that_are_bound_one_by_one() -> None:
+    def build(b: Builder, x: Any) -> list[Any]:
+        y = b.output(op.add(b.conv(x, 8), b.constant(1, 8, 1, 1)))
+        return [y, b.output(op.nn.max_pool2d(y, (2, 2)))]
+
+    mod = module(build, (1, 8, 6, 6), bind_tuple=False)
+    assert operators(lower(mod)) == ["tvm_nm_conv", "tvm_nm_pool"]
+    assert_same_results(mod)
+
+
 def test_equal_kernels_are_one_function() -> None:
     def build(b: Builder, x: Any) -> Any:
         for _ in range(3):

@@ -64,6 +64,16 @@ def test_pointwise_pixels_in_whole_vectors_are_read_from_the_input() -> None:
     assert not any(g.reads_input_directly for g in candidate_geometries(strided, 16))
 
 
+def test_a_copy_for_each_kernel_column_starts_where_its_pixels_do() -> None:
+    work = ConvWorkload(1, 8, 8, 14, 14, (3, 3), padding=(2, 2, 2, 2), dilation=(2, 2))
+    copies = [g for g in candidate_geometries(work, 16) if g.column_copies]
+    assert copies
+    for geometry in copies:
+        assert geometry.pitch in (14, 16)  # rows end where their pixels do, or with a whole vector
+        assert geometry.phases == 3
+        assert all(geometry.tap_offset(0, kx) == kx * geometry.plane for kx in range(3))
+
+
 def test_strides_make_phases_of_what_the_kernel_reads() -> None:
     def phases(kernel: tuple[int, int], stride: tuple[int, int]) -> int:
         return PixelGeometry(ConvWorkload(1, 1, 1, 16, 16, kernel, stride), 16, 16, 4).phases

@@ -89,11 +89,12 @@ class Prune:
         if missing := planned - calls.keys():
             raise _unknown(min(missing), calls)
         masks = prune_masks(weights, self.plan, {name: calls[name].layer.groups for name in weights})
-        # np.where, not a product: that would leave negative zeros.
-        pruned = {
-            calls[name].var: calls[name].as_argument(np.where(mask, weights[name], 0).astype(weights[name].dtype))
-            for name, mask in masks.items()
-        }
+        pruned = {}
+        for name, mask in masks.items():
+            weight = weights.pop(name)  # in place and one by one: a weight may have hundreds of megabytes
+            np.putmask(weight, ~mask, 0)  # not a product: that would leave negative zeros
+            pruned[calls[name].var] = calls[name].as_argument(weight)
+            del weight
         main = mod.get_global_var("main")
         result = mod.clone()
         result.update_func(main, _Replace(mod, pruned).visit_expr(mod[main]))

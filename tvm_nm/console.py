@@ -19,6 +19,7 @@ from tvm_nm.errors import TvmNmError
 __all__ = ["Group", "Steps"]
 
 _EXPECTED_ERROR = 2
+_TIMED = "measuring"
 
 
 class Steps:
@@ -49,6 +50,12 @@ class Steps:
             return
         if self._task is not None:
             self._progress.remove_task(self._task)
+            self._task = None
+        if step.startswith(_TIMED):  # the spinner is a thread, which would disturb
+            self._progress.stop()
+            click.echo(f"{step} ...", err=True)
+            return
+        self._progress.start()
         self._task = self._progress.add_task(step, total=None)
 
 

@@ -164,7 +164,7 @@ def inspect(path: Path, shapes: tuple[str, ...], as_json: bool) -> None:
     from tvm_nm.report import layer_table, sparsity_rows, sparsity_table, summary
 
     if path.is_dir():
-        from tvm_nm.artifact import Manifest
+        from tvm_nm.manifest import Manifest
 
         manifest = Manifest.load(path)
         if as_json:

@@ -18,11 +18,12 @@ from typing import Any
 import onnx
 import tvm
 
-from tvm_nm.artifact import LIBRARY, MANIFEST, REPORT, Manifest, Verification, check_output, staged_artifact
+from tvm_nm.artifact import LIBRARY, REPORT, check_output, staged_artifact
 from tvm_nm.environment import check_environment, missing_features, package_versions
 from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.linker import export_library, file_sha256
+from tvm_nm.manifest import MANIFEST, Manifest, Verification
 from tvm_nm.masks import BoolArray
 from tvm_nm.patterns import SparsityPattern
 from tvm_nm.pipeline import build_executable

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tvm_nm.artifact import Manifest
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.manifest import Manifest
 from tvm_nm.patterns import Dense
 from tvm_nm.reference_run import TensorSpec
 

@@ -16,11 +16,12 @@ import tvm_ffi
 from numpy.typing import NDArray
 from tvm import relax
 
-from tvm_nm.artifact import LIBRARY, Manifest, copy_artifact
+from tvm_nm.artifact import LIBRARY, copy_artifact
 from tvm_nm.environment import check_environment, missing_features, package_versions
 from tvm_nm.errors import ArtifactError, EnvironmentMismatchError
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.linker import file_sha256
+from tvm_nm.manifest import Manifest
 from tvm_nm.reference_run import TensorSpec
 from tvm_nm.schedules.machine import usable_threads
 

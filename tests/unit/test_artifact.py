@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvm_nm import artifact
-from tvm_nm.artifact import LIBRARY, MANIFEST, REPORT, Manifest, Verification, check_output, staged_artifact
+from tvm_nm.artifact import LIBRARY, REPORT, check_output, staged_artifact
 from tvm_nm.errors import ArtifactError
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.manifest import MANIFEST, Manifest, Verification
 from tvm_nm.reference_run import TensorSpec
 
 TEXT = st.text(max_size=8)

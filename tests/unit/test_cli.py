@@ -17,8 +17,9 @@ from onnx import numpy_helper
 
 import tvm_nm
 from tvm_nm import demo
-from tvm_nm.artifact import LIBRARY, MANIFEST, REPORT
+from tvm_nm.artifact import LIBRARY, REPORT
 from tvm_nm.cli import cli
+from tvm_nm.manifest import MANIFEST
 from tvm_nm.pruning import PruneRequest
 
 

@@ -19,11 +19,12 @@ from small_models import SMALL_MODELS
 
 import tvm_nm
 from tvm_nm import compiler
-from tvm_nm.artifact import LIBRARY, MANIFEST, REPORT, Manifest
+from tvm_nm.artifact import LIBRARY, REPORT
 from tvm_nm.compiler import resolve_target
 from tvm_nm.environment import missing_features
 from tvm_nm.errors import ArtifactError, EnvironmentMismatchError, ModelMismatchError, PlanError, UnsupportedModelError
 from tvm_nm.linker import file_sha256
+from tvm_nm.manifest import MANIFEST, Manifest
 from tvm_nm.pruning import PruneRequest, prune_file
 from tvm_nm.reference_run import random_inputs, run_onnx
 

@@ -19,8 +19,9 @@ from tvm import relax
 
 import tvm_nm
 from tvm_nm import runtime
-from tvm_nm.artifact import LIBRARY, MANIFEST
+from tvm_nm.artifact import LIBRARY
 from tvm_nm.errors import ArtifactError, EnvironmentMismatchError
+from tvm_nm.manifest import MANIFEST
 from tvm_nm.reference_run import random_inputs, run_onnx
 from tvm_nm.runtime import CompiledModel
 

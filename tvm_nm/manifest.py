@@ -12,10 +12,10 @@ from tvm_nm.errors import ArtifactError
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.reference_run import TensorSpec
 
-__all__ = ["MANIFEST", "MANIFESTMANIFEST_FORMAT", "MANIFEST_VERSION", "Manifest", "Verification"]
+__all__ = ["MANIFEST", "MANIFEST_FORMAT", "MANIFEST_VERSION", "Manifest", "Verification"]
 
 MANIFEST = "manifest.json"
-MANIFESTMANIFEST_FORMAT = "tvm_nm artefact"
+MANIFEST_FORMAT = "tvm_nm artefact"
 MANIFEST_VERSION = 1
 """Version of the artefact that this release reads and writes."""
 

@@ -21,6 +21,8 @@ __all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload"]
 
 Weights = npt.NDArray[np.float32]
 
+# A trained weight may happen to be zero; so few need no explanation.
+_STRAY_ZEROS = 0.99
 # The model's error is of this order: a smaller predicted gain is no gain.
 _CONV_WORTHWHILE = 0.95
 # A sparse FC kernel reads this share of the dense one's bytes, or it is not worth its index look-ups.
@@ -131,9 +133,7 @@ def conv_workload(layer: Layer, epilogue: Epilogue) -> ConvWorkload:
 
 
 def _why_dense(detection: Detection) -> str:
-    if detection.density == 1.0:
-        return ""
-    return detection.reason
+    return "" if detection.density > _STRAY_ZEROS else detection.reason
 
 
 def _sparse_conv(work: ConvWorkload, weights: Weights, detection: Detection, machine: Machine) -> ConvKernel | None:

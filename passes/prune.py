@@ -10,19 +10,14 @@ import tvm
 from numpy.typing import NDArray
 from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
-from tvm_ffi.error import register_error
 
-from tvm_nm.errors import PlanError, UnsupportedModelError
+from tvm_nm.errors import PlanError
 from tvm_nm.inventory import layer_calls
 from tvm_nm.masks import BoolArray
 from tvm_nm.patterns import Dense
 from tvm_nm.plan import Plan, near_names
 
 __all__ = ["Prune", "prune_masks"]
-
-# A pass runs inside TVM, which turns exceptions that it has not been told of into a RuntimeError.
-register_error(PlanError)
-register_error(UnsupportedModelError)
 
 
 def prune_masks(

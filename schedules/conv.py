@@ -99,6 +99,16 @@ class ConvKernel:
         return None if self.index is IndexKind.NONE else (self.workload.groups, self.block_rows, self.kept)
 
     @property
+    def stores_from_registers(self) -> bool:
+        """Whether sums go through the epilogue to the output without a scratch: whole vectors, whole tiles."""
+        return (
+            self.geometry.reads_input_directly
+            and not self.kept_per_block
+            and self.workload.out_channels_per_group % self.block == 0
+            and self.block % self.oc_tile == 0
+        )
+
+    @property
     def channel_stride(self) -> int:
         """What the index of one channel's input differs by from the next one's (`POSITION`)."""
         return 1 if self.geometry.reads_input_directly else self.geometry.channel_size
@@ -201,6 +211,7 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         "tvm_nm_vectors_per_tile": kernel.vectors_per_tile,
         "tvm_nm_rows_per_task": kernel.rows_per_task,
         "tvm_nm_kept_per_block": kernel.kept_per_block,
+        "tvm_nm_store_from_registers": int(kernel.stores_from_registers),
         "tvm_nm_block": kernel.block,
         "tvm_nm_groups": work.groups,
         # The groups' inputs are disjoint: each task can copy its own and find it in its cache. A table of channels

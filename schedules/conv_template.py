@@ -50,7 +50,7 @@ def _attribute(sch: s_tir.Schedule, block: Any, name: str) -> int:
 def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     """Schedule the convolution whose reduction is block `sums`.
 
-    MetaSchedule calls it by the block's `schedule_rule`; `apply_default_schedules` does the same without a search.
+    MetaSchedule calls it by the block's `schedule_rule`; `ApplyDefaultSchedules` does the same without a search.
     """
     out = sch.get_consumers(sums)[0]
     groups = _attribute(sch, sums, "tvm_nm_groups")
@@ -79,6 +79,9 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     sch.reorder(n, chunk, group, task_rows, channel, row, x)
     task = sch.fuse(n, chunk, group, task_rows)
     sch.parallel(task)
+    if _attribute(sch, sums, "tvm_nm_store_from_registers"):
+        _store_from_registers(sch, sums, out, (channel, x), oc_tile, vectors_per_tile)
+        return [sch]
 
     pads = [producer for producer in sch.get_producers(sums) if sch.get(producer).name_hint == "pad"]
     if _attribute(sch, sums, "tvm_nm_kept_per_block"):
@@ -90,9 +93,26 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     return [sch]
 
 
+def _store_from_registers(
+    sch: s_tir.Schedule, sums: Any, out: Any, loops: tuple[Any, Any], oc_tile: int, vectors_per_tile: Any
+) -> None:
+    """Sum a register tile and store it through the epilogue; output rows of whole vectors need no scratch."""
+    channel, x = loops
+    lanes = int(sch.get(sch.get_loops(sums)[7]).extent)
+    tile, o = sch.split(channel, [None, oc_tile])
+    vector, lane = sch.split(x, [None, lanes])
+    tile_outer, tile_inner = _split_tile(sch, vector, vectors_per_tile)
+    sch.reorder(tile_outer, tile, o, tile_inner, lane)
+    sch.vectorize(lane)
+    sch.unroll(tile_inner)
+    sch.unroll(o)
+    sch.compute_at(sums, tile, preserve_unit_loops=True)
+    sch.set_scope(sums, 0, "local")
+    _order_micro_kernel(sch, sums)
+
+
 def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any) -> None:
     """Sum a register tile over the whole reduction, then flush it to the task's scratch."""
-    taps = _attribute(sch, sums, "tvm_nm_taps")
     flush = sch.cache_write(sums, 0, "local")
     sch.compute_at(flush, task, preserve_unit_loops=True)
     n, chunk, group, row, tile, o, vector, lane = sch.get_loops(flush)[-8:]
@@ -103,6 +123,12 @@ def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_
     sch.unroll(o)
 
     sch.compute_at(sums, tile, preserve_unit_loops=True)
+    _order_micro_kernel(sch, sums)
+
+
+def _order_micro_kernel(sch: s_tir.Schedule, sums: Any) -> None:
+    """Put the reduction outside of the register tile and unroll the tile."""
+    taps = _attribute(sch, sums, "tvm_nm_taps")
     loops = sch.get_loops(sums)
     split = len(loops) - (3 if taps else 1)
     reduction, (o, vector, lane) = loops[split:], loops[split - 3 : split]

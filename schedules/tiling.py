@@ -109,6 +109,8 @@ def _stream_cycles(kernel: ConvKernel) -> float:
 def _scratch_cycles(kernel: ConvKernel) -> float:
     """Cycles of writing the sums to a task's scratch and reading them back."""
     geometry, work = kernel.geometry, kernel.workload
+    if kernel.stores_from_registers:
+        return 0.0
     chunk_bytes = 4 * kernel.block * geometry.vectors * geometry.lanes
     fits_l1 = kernel.rows_per_task * chunk_bytes <= _SCRATCH_BYTES[0]
     speed = _L1_COPY_BYTES_PER_CYCLE if fits_l1 else _L2_COPY_BYTES_PER_CYCLE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -124,6 +123,10 @@ def _pool(kind: str, rank: int) -> Operator:
         kernel, strides, dilation = ints(attrs.pool_size), ints(attrs.strides), ints(attrs.dilation)
         before, after = ints(attrs.padding)[:rank], ints(attrs.padding)[rank:]
         sizes = x.shape[2:]
+        # A window of ceil mode may reach beyond the padding; what is out there does not count.
+        low, high = [0] * rank, list(sizes)
+        if attrs.count_include_pad:
+            low, high = [-b for b in before], [n + a for n, a in zip(sizes, after, strict=True)]
         if attrs.ceil_mode:
             after = tuple(a + s - 1 for a, s in zip(after, strides, strict=True))
         spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
@@ -149,15 +152,12 @@ def _pool(kind: str, rank: int) -> Operator:
                 result += values
         assert result is not None
         if kind == "avg":
-            if attrs.count_include_pad:
-                result /= np.float32(math.prod(kernel))
-            else:
-                for axis in range(rank):
-                    starts = np.arange(out[axis])[:, None] * strides[axis] - before[axis]
-                    taps = starts + np.arange(kernel[axis]) * dilation[axis]
-                    inside = ((taps >= 0) & (taps < sizes[axis])).sum(axis=1)
-                    shape = [-1 if a == axis else 1 for a in range(rank)]
-                    result /= np.maximum(inside, 1).astype(np.float32).reshape(shape)
+            for axis in range(rank):
+                starts = np.arange(out[axis])[:, None] * strides[axis] - before[axis]
+                taps = starts + np.arange(kernel[axis]) * dilation[axis]
+                inside = ((taps >= low[axis]) & (taps < high[axis])).sum(axis=1)
+                shape = [-1 if a == axis else 1 for a in range(rank)]
+                result /= np.maximum(inside, 1).astype(np.float32).reshape(shape)
         return result
 
     return pool

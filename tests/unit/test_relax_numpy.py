@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tvm import relax, topi
 
@@ -151,6 +151,7 @@ def test_conv1d() -> None:
     check(lambda x, w: R.nn.conv1d(x, w, 2, (1, 3), 2, 2), array(2, 4, 11), array(6, 2, 3), tolerance=1e-4)
 
 
+@example(kind="avg", kernel=(3, 1), strides=(2, 1), padding=(0, 0, 1, 0), ceil_mode=True, include=True)
 @given(
     kind=st.sampled_from(["max", "avg"]),
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 3)),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,23 +36,35 @@ def model_file(name: str, folder: Path) -> Path:
     return path
 
 
+def high_water_kb(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
 def build(model: Path, variant: str, threads: int, folder: Path) -> dict[str, Any]:
     """Build in a child process; returns the manifest with `seconds` and `peak_mb` of that process."""
     pattern, _, density = variant.partition("@")
     output = folder / f"{model.stem}-{variant.replace(':', '_')}-{threads}"
     command = [sys.executable, "-m", "tvm_nm", "compile", str(model), "-o", str(output), "--threads", str(threads)]
     command += ["--pattern", pattern, *(["--density", density] if density else [])]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, text=True)
-    message = process.stderr.read() if process.stderr else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"building {model.name} {variant} failed:\n{message}")
+    start, peak_kb = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=messages, cwd=ROOT)
+        while process.poll() is None:
+            # Not ru_maxrss: that counts the memory of this process, of which the child is a fork.
+            peak_kb = max(peak_kb, high_water_kb(process.pid))
+            time.sleep(0.02)
+        messages.seek(0)
+        if process.returncode:
+            raise SystemExit(f"building {model.name} {variant} failed:\n{messages.read().decode()}")
     manifest = json.loads((output / "manifest.json").read_text())
     return {
         "directory": str(output),
         "seconds": time.perf_counter() - start,
-        "peak_mb": usage.ru_maxrss / 1024,
+        "peak_mb": peak_kb * 1024 / 1e6,
         "library_mb": manifest["library_bytes"] / 1e6,
         "verification": manifest["verification"],
         "sparse_layers": sum(layer["pattern"] != "dense" for layer in manifest["layers"]),

@@ -99,6 +99,11 @@ class ConvKernel:
         return None if self.index is IndexKind.NONE else (self.workload.groups, self.block_rows, self.kept)
 
     @property
+    def kept_channels(self) -> int:
+        """Input channels that a block row reads; of positions, as many as they would fill."""
+        return -(-self.kept // self.workload.taps) if self.index is IndexKind.POSITION else self.kept
+
+    @property
     def stores_from_registers(self) -> bool:
         """Whether sums go through the epilogue to the output without a scratch: whole vectors, whole tiles."""
         return (

@@ -16,10 +16,10 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_nm.relax_numpy import as_constant, as_numpy, evaluate_constant_call
+from tvm_nm.relax_numpy import as_constant, as_numpy, evaluate_constant_call, variables
 from tvm_nm.relax_numpy_ops import Array
 
-__all__ = ["TUPLE_ITEM", "Dataflow", "Rule", "constant_of", "is_call", "static_shape", "variables"]
+__all__ = ["TUPLE_ITEM", "Dataflow", "Rule", "constant_of", "is_call", "static_shape"]
 
 Rule: TypeAlias = Callable[["Dataflow", Any], Any]
 """``rule(flow, value)`` gives the expression that replaces the value, or None where it does not apply."""
@@ -224,17 +224,6 @@ def _is_constant(expr: Any) -> bool:
     if isinstance(expr, relax.ShapeExpr):
         return all(isinstance(d, tvm.tirx.IntImm) for d in expr.values)
     return isinstance(expr, tvm.ir.GenericConst | tvm.tirx.IntImm | tvm.tirx.FloatImm)
-
-
-def variables(expr: Any) -> list[Any]:
-    """Variables that an expression uses, each as often as it does."""
-    if isinstance(expr, relax.Call):
-        return [v for a in expr.args for v in variables(a)]
-    if isinstance(expr, relax.Tuple):
-        return [v for f in expr.fields for v in variables(f)]
-    if isinstance(expr, relax.TupleGetItem):
-        return variables(expr.tuple_value)
-    return [expr] if isinstance(expr, relax.Var) else []
 
 
 def _substitute(expr: Any, mapping: Mapping[Any, Any]) -> Any:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_nm.inventory import LayerCall
-from tvm_nm.passes.dataflow import constant_of, is_call, static_shape, variables
+from tvm_nm.passes.dataflow import constant_of, is_call, static_shape
+from tvm_nm.relax_numpy import variables
 from tvm_nm.workload import Epilogue
 
 __all__ = ["FusedLayer", "fuse_epilogues", "scalar"]

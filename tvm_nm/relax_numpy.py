@@ -19,7 +19,7 @@ from tvm import relax
 
 from tvm_nm.relax_numpy_ops import OPS, Array, UnhandledError
 
-__all__ = ["NumpyModule", "Watcher", "as_constant", "as_numpy", "evaluate_constant_call"]
+__all__ = ["NumpyModule", "Watcher", "as_constant", "as_numpy", "evaluate_constant_call", "variables"]
 
 Watcher: TypeAlias = Callable[[str, Any, tuple[Any, ...], Any], None]
 """Called after every operator with (variable name, relax.Call, arguments, result)."""
@@ -96,9 +96,9 @@ class NumpyModule:
         return tuple(p.name for p in self._params)
 
     def _find_last_uses(self) -> None:
-        kept = set(_free_vars(self._result))
+        kept = set(variables(self._result))
         for step in reversed(self._steps):
-            for var in (*_free_vars(step.value), step.var):
+            for var in (*variables(step.value), step.var):
                 if var not in kept:
                     kept.add(var)
                     step.last_uses.append(var)
@@ -184,13 +184,14 @@ def _operator(value: Any) -> Callable[..., Any] | None:
     return OPS.get(value.op.name) if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op) else None
 
 
-def _free_vars(expr: Any) -> list[Any]:
+def variables(expr: Any) -> list[Any]:
+    """Variables that an expression uses, each as often as it does."""
     if isinstance(expr, relax.Call):
-        return [v for a in expr.args for v in _free_vars(a)]
+        return [v for a in expr.args for v in variables(a)]
     if isinstance(expr, relax.Tuple):
-        return [v for f in expr.fields for v in _free_vars(f)]
+        return [v for f in expr.fields for v in variables(f)]
     if isinstance(expr, relax.TupleGetItem):
-        return _free_vars(expr.tuple_value)
+        return variables(expr.tuple_value)
     return [expr] if isinstance(expr, relax.Var) else []
 
 
@@ -213,8 +214,8 @@ def _argument(expr: Any, env: dict[Any, Any]) -> Any:
 
 def _compile_call(call: Any, mod: tvm.IRModule) -> Callable[..., Any]:
     """Compile one operator call with TVM; returns a function with the signature of the NumPy table's."""
-    variables = list(dict.fromkeys(_free_vars(call)))
-    params = {v: relax.Var(f"p{i}", v.ty) for i, v in enumerate(variables)}
+    operands = list(dict.fromkeys(variables(call)))
+    params = {v: relax.Var(f"p{i}", v.ty) for i, v in enumerate(operands)}
     builder = relax.BlockBuilder()
     args = [_substitute(a, params) for a in call.args]
     if isinstance(call.op, tvm.ir.Op) and call.op.name == _CALL_TIR:
@@ -230,7 +231,7 @@ def _compile_call(call: Any, mod: tvm.IRModule) -> Callable[..., Any]:
         for expr, value in zip(call.args, arguments, strict=True):
             _bind(expr, value, env)
         # The VM's own tensors are aligned as the kernels expect, NumPy's are not.
-        result = vm["main"](*(tvm.runtime.tensor(np.asarray(env[v], order="C")) for v in variables))
+        result = vm["main"](*(tvm.runtime.tensor(np.asarray(env[v], order="C")) for v in operands))
         return result.numpy() if hasattr(result, "numpy") else tuple(r.numpy() for r in result)
 
     return run

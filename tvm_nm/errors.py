@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "ArtifactError",
     "EnvironmentMismatchError",
+    "InfeasibleBudgetError",
     "ModelMismatchError",
     "PlanError",
     "TvmNmError",
@@ -56,3 +57,19 @@ class EnvironmentMismatchError(TvmNmError):
 
 class PlanError(TvmNmError):
     """A plan, or a selection of layers, that names what the model does not have or cannot be applied to it."""
+
+
+class InfeasibleBudgetError(PlanError):
+    """A budget that no plan meets.
+
+    Parameters
+    ----------
+    message
+        What cannot be met, with the least that can.
+    least_us
+        The least time that some plan achieves, in microseconds; None where the other limits rule out every plan.
+    """
+
+    def __init__(self, message: str, least_us: float | None = None) -> None:
+        self.least_us = least_us
+        super().__init__(message)

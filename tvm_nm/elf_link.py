@@ -40,7 +40,10 @@ from tvm_nm.elf_object import (
     read_object,
 )
 
-__all__ = ["Writer", "link_shared"]
+__all__ = ["BLOB_SECTION", "PROGRAM_HEADER", "Writer", "link_shared"]
+
+BLOB_SECTION = ".tvm_weights"
+"""Section, the last of the library, that holds the block of bytes."""
 
 _NEEDED = ("libc.so.6", "libm.so.6")
 _STUB = 16  # bytes
@@ -54,7 +57,7 @@ _R_64, _R_PC32, _R_PLT32, _R_PC64 = 1, 2, 4, 24
 _R_VIA_GOT = frozenset({9, 41, 42})  # GOTPCREL, GOTPCRELX, REX_GOTPCRELX
 _R_GLOB_DAT, _R_RELATIVE = 6, 8
 
-_PHDR = struct.Struct("<IIQQQQQQ")
+PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
 _DYN = struct.Struct("<qQ")
 _INT32, _INT64 = struct.Struct("<i"), struct.Struct("<q")
 
@@ -147,7 +150,7 @@ class _Linker:
         self.got = _made(".got", SHT_PROGBITS, SHF_WRITE, 8 * len(self.slots), entry_size=8)
         dynamic = _DYN.size * (len(_NEEDED) + 10)
         self.dyn = _made(".dynamic", SHT_DYNAMIC, SHF_WRITE, dynamic, link=".dynstr", entry_size=_DYN.size)
-        self.blob = Section(".tvm_weights", SHT_PROGBITS, SHF_ALLOC, blob, len(blob), align=PAGE)
+        self.blob = Section(BLOB_SECTION, SHT_PROGBITS, SHF_ALLOC, blob, len(blob), align=PAGE)
         own = list(self.sections.values())
         read_only = [s for s in own if not s.flags & (SHF_WRITE | SHF_EXECINSTR)]
         code = [s for s in own if s.flags & SHF_EXECINSTR]
@@ -173,7 +176,7 @@ class _Linker:
 
     def _place(self) -> None:
         """Give every section its address and its offset, which agree modulo the page size."""
-        address = offset = EHDR.size + _PHDR.size * (len(self.segments) + 3)
+        address = offset = EHDR.size + PROGRAM_HEADER.size * (len(self.segments) + 3)
         for number, (_, sections) in enumerate(self.segments):
             if number:
                 address, offset = _aligned(address, PAGE), _aligned(offset, PAGE)
@@ -290,7 +293,7 @@ class _Linker:
         headers_at = _aligned(self.end + len(names), 8)
         programs = self._program_headers()
         identity = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-        sizes = (EHDR.size, _PHDR.size, len(programs), SHDR.size, len(table), len(table) - 1)
+        sizes = (EHDR.size, PROGRAM_HEADER.size, len(programs), SHDR.size, len(table), len(table) - 1)
         yield 0, EHDR.pack(identity, _ET_DYN, EM_X86_64, 1, 0, EHDR.size, headers_at, 0, *sizes)
         yield EHDR.size, b"".join(programs)
         for section in sections:
@@ -306,14 +309,14 @@ class _Linker:
             address, offset = (first.address, first.offset) if number else (0, 0)
             in_file = max((s.offset + s.size for s in sections if s.data is not None), default=offset) - offset
             in_memory = last.address + last.size - address
-            headers.append(_PHDR.pack(_PT_LOAD, flags, offset, address, address, in_file, in_memory, PAGE))
+            headers.append(PROGRAM_HEADER.pack(_PT_LOAD, flags, offset, address, address, in_file, in_memory, PAGE))
         first, last = self.relocated[0], self.relocated[-1]
         size = last.address + last.size - first.address
         protected = (first.offset, first.address, first.address, size, _aligned(size, PAGE))
-        headers.append(_PHDR.pack(_PT_GNU_RELRO, _PF_R, *protected, 1))
+        headers.append(PROGRAM_HEADER.pack(_PT_GNU_RELRO, _PF_R, *protected, 1))
         dyn = (self.dyn.offset, self.dyn.address, self.dyn.address, self.dyn.size, self.dyn.size)
-        headers.append(_PHDR.pack(_PT_DYNAMIC, _PF_R | _PF_W, *dyn, 8))
-        headers.append(_PHDR.pack(_PT_GNU_STACK, _PF_R | _PF_W, 0, 0, 0, 0, 0, 16))
+        headers.append(PROGRAM_HEADER.pack(_PT_DYNAMIC, _PF_R | _PF_W, *dyn, 8))
+        headers.append(PROGRAM_HEADER.pack(_PT_GNU_STACK, _PF_R | _PF_W, 0, 0, 0, 0, 0, 16))
         return headers
 
 

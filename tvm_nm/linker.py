@@ -24,13 +24,12 @@ import tvm
 from tvm_nm.elf_link import link_shared
 from tvm_nm.elf_object import LinkError
 from tvm_nm.errors import ArtifactError, EnvironmentMismatchError
+from tvm_nm.library import BLOB_SYMBOL
 
 __all__ = ["export_library", "file_sha256", "find_compiler"]
 
 _log = logging.getLogger(__name__)
 
-# tvm-ffi looks up a library's imported modules, here the virtual machine's program with its constants, by this name.
-_BLOB = "__tvm_ffi__library_bin"
 _CHUNK = 1 << 24
 
 
@@ -125,7 +124,7 @@ def _link_here(executable: Any, path: Path) -> str:
     packed = tvm.get_global_func("runtime.ModulePackImportsToTensor")(executable.mod)
     with path.open("xb") as library:
         writer = _HashingWriter(library)
-        link_shared(object_file, np.from_dlpack(packed).data, _BLOB, writer)
+        link_shared(object_file, np.from_dlpack(packed).data, BLOB_SYMBOL, writer)
         library.flush()
         os.fsync(library.fileno())
     return writer.digest.hexdigest()

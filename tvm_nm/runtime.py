@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import tvm
-import tvm_ffi
 from numpy.typing import NDArray
 from tvm import relax
 
@@ -20,6 +19,7 @@ from tvm_nm.artifact import LIBRARY, copy_artifact
 from tvm_nm.environment import check_environment, missing_features, package_versions
 from tvm_nm.errors import ArtifactError, EnvironmentMismatchError
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.library import load_library
 from tvm_nm.linker import file_sha256
 from tvm_nm.manifest import Manifest
 from tvm_nm.reference_run import TensorSpec
@@ -287,13 +287,7 @@ def _load_library(path: Path, manifest: Manifest) -> Any:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
     if digest != manifest.library_sha256:
         raise ArtifactError(f"{path} is not the library that was built: its SHA-256 differs; build the artefact again")
-    # The dynamic loader takes a library of the same path for the same library, even when the file was replaced since.
-    # Through a link that is named after the content it cannot be wrong.
-    with tempfile.TemporaryDirectory(prefix="tvm-nm-") as folder:
-        link = Path(folder) / f"{digest}.so"
-        link.symlink_to(path.resolve())
-        # Not kept alive for the rest of the process, as TVM's own function does.
-        return tvm_ffi.load_module(str(link), keep_module_alive=False)
+    return load_library(path, digest)
 
 
 def _array(tensor: Any) -> Array:

@@ -14,6 +14,7 @@ from tvm_nm.layer_report import LayerReport
 from tvm_nm.passes.dataflow import is_call, static_shape
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
 from tvm_nm.passes.select import Choice, choose_conv, choose_fc, conv_workload
+from tvm_nm.relax_numpy import as_constant
 from tvm_nm.schedules.conv import ConvKernel, conv_prim_func
 from tvm_nm.schedules.fc import FcKernel, fc_prim_func
 from tvm_nm.schedules.machine import machine_of
@@ -104,7 +105,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
     def _layer(self, fused: FusedLayer) -> relax.Call:
         layer = fused.found.layer
         choose = choose_conv if layer.kind == "conv" else choose_fc
-        weights = fused.found.weight
+        weights = fused.found.weight_view
         choice = choose(layer, weights, fused.epilogue, self._machine, always_sparse=self._always_sparse)
         kernel = choice.kernel
         if isinstance(kernel, ConvKernel):
@@ -117,7 +118,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
             in_shape, out_shape = layer.input_shape, layer.output_shape
         arguments = [
             self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape),
-            relax.const(choice.packed.values),
+            as_constant(choice.packed.values),
         ]
         if choice.packed.index is not None:
             arguments.append(relax.const(choice.packed.index))

@@ -12,10 +12,10 @@ from tvm import relax
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_nm.errors import PlanError
-from tvm_nm.inventory import layer_calls
+from tvm_nm.inventory import LayerCall, layer_calls
 from tvm_nm.masks import BoolArray
 from tvm_nm.patterns import Dense
-from tvm_nm.plan import Plan, near_names
+from tvm_nm.plan import LayerChoice, Plan, near_names
 
 __all__ = ["Prune", "prune_masks"]
 
@@ -48,14 +48,17 @@ def prune_masks(
     for choice in plan.layers:
         if choice.name not in weights:
             raise _unknown(choice.name, weights)
-        if isinstance(choice.pattern, Dense):
-            continue
-        saliency = np.abs(weights[choice.name])
-        try:
-            masks[choice.name] = choice.pattern.mask(saliency, choice.density, groups.get(choice.name, 1))
-        except ValueError as error:
-            raise PlanError(f"layer {choice.name!r} cannot be pruned to {choice.pattern}: {error}") from error
+        if not isinstance(choice.pattern, Dense):
+            masks[choice.name] = _mask(choice, weights[choice.name], groups.get(choice.name, 1))
     return masks
+
+
+def _mask(choice: LayerChoice, weight: NDArray[Any], groups: int) -> BoolArray:
+    saliency = np.abs(weight, order="C")
+    try:
+        return choice.pattern.mask(saliency, choice.density, groups)
+    except ValueError as error:
+        raise PlanError(f"layer {choice.name!r} cannot be pruned to {choice.pattern}: {error}") from error
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_nm.Prune")
@@ -79,21 +82,33 @@ class Prune:
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         """Return the pruned module."""
         calls = {found.layer.name: found for found in layer_calls(mod)}
-        planned = {choice.name for choice in self.plan.layers}
-        weights = {name: found.weight for name, found in calls.items() if name in planned}
-        if missing := planned - calls.keys():
-            raise _unknown(min(missing), calls)
-        masks = prune_masks(weights, self.plan, {name: calls[name].layer.groups for name in weights})
         pruned = {}
-        for name, mask in masks.items():
-            weight = weights.pop(name)  # in place and one by one: a weight may have hundreds of megabytes
-            np.putmask(weight, ~mask, 0)  # not a product: that would leave negative zeros
-            pruned[calls[name].var] = calls[name].as_argument(weight)
-            del weight
+        for choice in self.plan.layers:
+            if choice.name not in calls:
+                raise _unknown(choice.name, calls)
+            if isinstance(choice.pattern, Dense):
+                continue
+            found = calls[choice.name]
+            # Layer by layer and without copies in between: a weight may have hundreds of megabytes.
+            weight = found.weight_view
+            mask = _mask(choice, weight, found.layer.groups)
+            pruned[found.var] = _masked(weight, mask, found)
         main = mod.get_global_var("main")
         result = mod.clone()
         result.update_func(main, _Replace(mod, pruned).visit_expr(mod[main]))
         return result
+
+
+def _masked(weight: NDArray[Any], mask: BoolArray, found: LayerCall) -> Any:
+    """Return the pruned weight as a constant in the form that the call takes."""
+    shape, argument = found.call.args[1].value.shape, found.call.args[1].value
+    tensor = tvm.runtime.empty(shape, str(argument.dtype))
+    target = np.from_dlpack(tensor)
+    if found.layer.kind == "fc":
+        weight, mask = (array.reshape(array.shape[:2]).T for array in (weight, mask))
+    np.copyto(target, 0)  # not a product with the mask: that would leave negative zeros
+    np.copyto(target, weight, where=mask)
+    return relax.const(tensor)
 
 
 def _unknown(name: str, known: Iterable[str]) -> PlanError:
@@ -104,7 +119,7 @@ def _unknown(name: str, known: Iterable[str]) -> PlanError:
 class _Replace(PyExprMutator):  # type: ignore[misc]
     """Puts new weights into the calls that are bound to the given variables."""
 
-    def __init__(self, mod: tvm.IRModule, weights: Mapping[Any, NDArray[Any]]) -> None:
+    def __init__(self, mod: tvm.IRModule, weights: Mapping[Any, Any]) -> None:
         super().__init__(mod)
         self.weights = weights
 
@@ -113,7 +128,6 @@ class _Replace(PyExprMutator):  # type: ignore[misc]
         weight = self.weights.get(binding.var)
         if weight is not None:
             call = binding.value
-            constant = relax.const(weight)
-            value = relax.Call(call.op, [call.args[0], constant], call.attrs, call.ty_args)
+            value = relax.Call(call.op, [call.args[0], weight], call.attrs, call.ty_args)
             binding = relax.VarBinding(binding.var, value)
         super().visit_var_binding_(binding)

@@ -119,8 +119,12 @@ def pack_fc(kernel: FcKernel, weights: npt.NDArray[np.float32]) -> PackedWeights
     ValueError
         If a block keeps more inputs than `kernel.kept`.
     """
-    filled = np.zeros((kernel.blocks * kernel.block, kernel.in_features), np.float32)
-    filled[: kernel.out_features] = weights
+    rows = kernel.blocks * kernel.block
+    if rows == kernel.out_features:
+        filled = weights  # not copied: it may have hundreds of megabytes
+    else:
+        filled = np.zeros((rows, kernel.in_features), np.float32)
+        filled[: kernel.out_features] = weights
     blocks = filled.reshape(kernel.blocks, kernel.block, kernel.in_features)
     if not kernel.sparse:
         return PackedWeights(np.ascontiguousarray(blocks.transpose(0, 2, 1)), None)

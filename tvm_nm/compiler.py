@@ -133,9 +133,11 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         step("pruning")
         module, masks = prune_module(imported.module, request)
         imported = dataclasses.replace(imported, module=tvm.IRModule())  # its weights are not needed any more
+        release_memory()
         step("compiling")
         built = build_executable(module, chosen)
         del module
+        release_memory()
         step("linking")
         library = new / LIBRARY
         manifest = Manifest(

@@ -83,6 +83,13 @@ class LayerCall:
         """The weight as a new array of shape (OC, IC / groups, KH, KW)."""
         return self.as_layer(self.call.args[1].value.numpy())
 
+    @property
+    def weight_view(self) -> NDArray[Any]:
+        """The weight as a read-only view of shape (OC, IC / groups, KH, KW), not contiguous for an FC layer."""
+        value: NDArray[Any] = np.from_dlpack(self.call.args[1].value)
+        value.flags.writeable = False
+        return value if self.layer.kind == "conv" else value.T.reshape(self.layer.weight_shape)
+
     def as_layer(self, value: NDArray[Any]) -> NDArray[Any]:
         """Bring an array from the call's weight shape to (OC, IC / groups, KH, KW)."""
         if self.layer.kind == "conv":

@@ -1,9 +1,9 @@
-"""Loads a built library with half of the memory that TVM's own loader takes.
+"""Loads a built library with less memory than TVM's own loader takes.
 
-TVM loads a library together with the block of bytes inside it, the virtual machine's program with all weights. It copies
-that block twice before it copies the weights out of it, and the mapped file stays in memory on top: four times the
-weights. Here the code alone is handed to the dynamic loader, and the program is read from the file, which makes three,
-and after loading one instead of two. Libraries that another linker made are left to TVM.
+TVM loads a library together with the block of bytes inside it, the virtual machine's program with all weights. It
+copies that block twice before it copies the weights out of it, and the mapped file stays in memory on top: four times
+the weights. Here the code alone is handed to the dynamic loader, and the program is read from the file, which makes
+three, and after loading one instead of two. Libraries that another linker made are left to TVM.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BLOB_SYMBOL = "__tvm_ffi__library_bin"
 _PROGRAM = "relax.VMExecutable"
 _PT_NULL = 0
 _U64 = struct.Struct("<Q")
-# How the block begins (tvm-ffi, library_module.cc): the tree of imports in CSR form, here two modules of which the first
-# imports the second, then the first module's kind. The program's size and bytes follow, and the library's kind.
+# How the block begins (tvm-ffi, library_module.cc): the tree of imports in CSR form, here two modules of which the
+# first imports the second, then the first module's kind. The program's size and bytes follow, and the library's kind.
 _HEAD = struct.pack("<7Q", 3, 0, 1, 1, 1, 1, len(_PROGRAM)) + _PROGRAM.encode()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "BoolArray",
+    "PackedMasks",
     "block_row_sizes",
     "keep_largest",
     "largest_of_groups",
@@ -24,6 +26,29 @@ BoolArray = NDArray[np.bool_]
 
 # Rows of this many elements together are ranked at a time: the temporaries stay in tens of megabytes on any layer.
 _CHUNK = 1 << 22
+
+
+class PackedMasks(Mapping[str, BoolArray]):
+    """Masks by name, held as one bit a weight; each access gives a new array.
+
+    Parameters
+    ----------
+    masks
+        The masks by name; looked at one by one, so that a generator of pairs never has two in memory.
+    """
+
+    def __init__(self, masks: Iterable[tuple[str, BoolArray]] = ()) -> None:
+        self._packed = {name: (np.packbits(mask), mask.shape) for name, mask in masks}
+
+    def __getitem__(self, name: str) -> BoolArray:
+        bits, shape = self._packed[name]
+        return np.unpackbits(bits, count=math.prod(shape)).view(np.bool_).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 def mask_density(mask: BoolArray) -> float:

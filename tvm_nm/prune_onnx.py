@@ -69,7 +69,8 @@ def prune_onnx(model: onnx.ModelProto, masks: Mapping[str, BoolArray], *, in_pla
                 same.append(node)
         pruned = [np.where(mask, weight, np.zeros((), weight.dtype)) for mask, _ in variants]
         del weight  # as large as the pruned one
-        if len(pruned) == 1 and graph.uses[weight_name] == len(nodes) and graph.overwrite(weight_name, pruned[0]):
+        if len(pruned) == 1 and graph.uses[weight_name] == len(nodes) and graph.can_overwrite(weight_name):
+            graph.overwrite(weight_name, pruned)
             continue
         for value, (_, sharing) in zip(pruned, variants, strict=True):
             own = graph.add_initializer(weight_name, value)
@@ -153,24 +154,29 @@ class _Graph:
                 f"its weight {value!r} cannot be computed ({error}); fold the model's constants first", node, name
             ) from error
 
-    def overwrite(self, name: str, value: NDArray[Any]) -> bool:
-        """Give an initialiser or a Constant node a new value; False where `name` is neither."""
+    def can_overwrite(self, name: str) -> bool:
+        """Whether `name` is an initialiser or the output of a Constant node."""
         producer = self._producers.get(name)
+        return name in self._initializers or (producer is not None and producer.op_type == "Constant")
+
+    def overwrite(self, name: str, values: list[NDArray[Any]]) -> None:
+        """Give an initialiser or a Constant node the one value of a list, which is taken from it."""
         if name in self._initializers:
-            # Not through a tensor of its own, which would be another copy or two of a weight of 400 MB.
+            # Not through a tensor of its own, and of the value only its bytes: each is a copy of up to 400 MB.
             tensor = self._initializers[name]
             element = tensor.data_type
             tensor.Clear()
             tensor.name, tensor.data_type = name, element
+            value = values.pop()
             tensor.dims.extend(value.shape)
-            tensor.raw_data = value.tobytes()
-        elif producer is not None and producer.op_type == "Constant":
-            del producer.attribute[:]
-            tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
-            producer.attribute.append(onnx.helper.make_attribute("value", tensor))
+            data = value.tobytes()
+            del value
+            tensor.raw_data = data
         else:
-            return False
-        return True
+            producer = self._producers[name]
+            del producer.attribute[:]
+            tensor = numpy_helper.from_array(np.ascontiguousarray(values.pop()), name)
+            producer.attribute.append(onnx.helper.make_attribute("value", tensor))
 
     def add_initializer(self, like: str, value: NDArray[Any]) -> str:
         """Add an initialiser and return its name."""

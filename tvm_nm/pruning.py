@@ -15,7 +15,7 @@ from tvm_nm.detect import Detection, detect_pattern
 from tvm_nm.errors import ArtifactError, PlanError
 from tvm_nm.frontend import import_onnx
 from tvm_nm.inventory import Layer, inventory, layer_calls
-from tvm_nm.masks import BoolArray
+from tvm_nm.masks import PackedMasks
 from tvm_nm.passes.prune import Prune
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 from tvm_nm.plan import uniform_plan
@@ -95,7 +95,7 @@ class LayerSparsity:
     detection: Detection
 
 
-def prune_module(module: tvm.IRModule, request: PruneRequest) -> tuple[tvm.IRModule, dict[str, BoolArray]]:
+def prune_module(module: tvm.IRModule, request: PruneRequest) -> tuple[tvm.IRModule, PackedMasks]:
     """Prune a canonical module.
 
     Returns
@@ -109,10 +109,11 @@ def prune_module(module: tvm.IRModule, request: PruneRequest) -> tuple[tvm.IRMod
     """
     plan = uniform_plan(inventory(module), request.pattern, request.density, request.include, request.exclude)
     if isinstance(request.pattern, Dense):
-        return module, {}
+        return module, PackedMasks()
     module = tvm.transform.Sequential([Prune(plan)])(module)
     names = {choice.name for choice in plan.layers}
-    return module, {found.layer.name: found.weight != 0 for found in layer_calls(module) if found.layer.name in names}
+    calls = [found for found in layer_calls(module) if found.layer.name in names]
+    return module, PackedMasks((found.layer.name, found.weight_view != 0) for found in calls)
 
 
 def prune_file(
@@ -120,7 +121,7 @@ def prune_file(
     output: str | os.PathLike[str],
     request: PruneRequest,
     shapes: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, BoolArray]:
+) -> PackedMasks:
     """Prune an ONNX file; the result is the same model with zeros among its weights.
 
     Parameters

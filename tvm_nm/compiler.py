@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import tvm
 
@@ -22,19 +23,22 @@ from tvm_nm.artifact import LIBRARY, REPORT, check_output, staged_artifact
 from tvm_nm.environment import check_environment, missing_features, package_versions
 from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError
 from tvm_nm.frontend import ImportedModel, import_onnx
+from tvm_nm.inventory import inventory, layer_calls
 from tvm_nm.linker import export_library, file_sha256
 from tvm_nm.manifest import MANIFEST, Manifest, Verification
 from tvm_nm.masks import BoolArray
 from tvm_nm.patterns import SparsityPattern
-from tvm_nm.pipeline import build_executable
+from tvm_nm.pipeline import Built, build_executable
+from tvm_nm.plan import Plan
+from tvm_nm.plan_check import check_plan
 from tvm_nm.prune_onnx import prune_onnx
-from tvm_nm.pruning import DEFAULT_PATTERN, PruneRequest, prune_module
+from tvm_nm.pruning import DEFAULT_PATTERN, PruneRequest, prune_by_plan, prune_module
 from tvm_nm.reference_run import compare, random_inputs, run_onnx
 from tvm_nm.report import report_text
 from tvm_nm.runtime import CompiledModel, release_memory
 from tvm_nm.schedules.machine import host_target, target_from_json
 
-__all__ = ["TOLERANCE", "compile", "resolve_target"]
+__all__ = ["TOLERANCE", "compile", "model_sha256", "resolve_target", "write_library"]
 
 TOLERANCE = 1e-3
 """Largest difference from onnxruntime that a build may have, relative to the output's largest value.
@@ -53,6 +57,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     density: float | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    plan: Plan | str | os.PathLike[str] | None = None,
     threads: int | None = None,
     target: Mapping[str, Any] | str | tvm.target.Target | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
@@ -76,6 +81,9 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     include, exclude
         Globs of layers to prune although they are spared by default, and of layers to leave alone; see
         `tvm_nm.plan.uniform_plan`.
+    plan
+        What each layer is pruned to, or the file with it, instead of one pattern and density for all. Sparse kernels
+        are used where it says so, whatever the model of the machine thinks of them.
     threads
         Number of threads to build for; default: the processors that this process may use.
     target
@@ -99,7 +107,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     UnsupportedModelError
         If the model cannot be read or holds something that cannot be compiled.
     PlanError
-        If pattern and density do not go together, or a glob matches no layer.
+        If pattern and density do not go together, a glob matches no layer, or the plan is for another model or target.
     ModelMismatchError
         If the outputs differ by more than `TOLERANCE`.
     ArtifactError
@@ -114,10 +122,11 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     """
     check_environment()
     start = time.perf_counter()
-    request = PruneRequest.make(pattern, density, include, exclude)
+    if plan is not None and not isinstance(plan, Plan):
+        plan = Plan.load(plan)
+    request = PruneRequest.make(pattern if plan is None else "dense", density, include, exclude)
     chosen = resolve_target(target, threads)
-    architecture, features = _processor(chosen)
-    if verify and (missing := missing_features(architecture, features)):
+    if verify and (missing := missing_features(*_processor(chosen))):
         raise EnvironmentMismatchError(
             f"the target needs {', '.join(missing)}, which this machine lacks, so the build cannot be verified; "
             "turn verification off (--no-verify)"
@@ -129,38 +138,33 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     with _cleaned_up(temporary), staged_artifact(directory, overwrite=overwrite) as (new, scratch):
         step("importing")
         imported = import_onnx(model, shapes=shapes, verify=False)
-        digest = file_sha256(imported.path) if imported.path else _proto_sha256(imported.source)
+        digest = model_sha256(imported)
         step("pruning")
-        module, masks = prune_module(imported.module, request)
+        if plan is None:
+            module, masks = prune_module(imported.module, request)
+        else:
+            check_plan(plan, inventory(imported.module), digest, chosen)
+            module, masks = prune_by_plan(imported.module, plan)
         imported = dataclasses.replace(imported, module=tvm.IRModule())  # its weights are not needed any more
+        density = request.density if plan is None else _density(module)
         release_memory()
         step("compiling")
-        built = build_executable(module, chosen)
+        built = build_executable(module, chosen, always_sparse=plan is not None)
         del module
         release_memory()
         step("linking")
-        library = new / LIBRARY
-        manifest = Manifest(
-            model=imported.name,
-            model_sha256=digest,
-            library_sha256=export_library(built.executable, library, chosen),
-            library_bytes=library.stat().st_size,
-            inputs=imported.inputs,
-            outputs=imported.outputs,
-            target=json.loads(str(chosen)),
-            architecture=architecture,
-            features=features,
-            threads=int(chosen.attrs["num-cores"]),
-            versions=package_versions(),
-            pattern=str(request.pattern),
-            density=request.density,
-            include=request.include,
-            exclude=request.exclude,
-            layers=built.layers,
-            verification=None,
-            build_seconds=0.0,
-        )
+        manifest = write_library(imported, digest, built, chosen, new)
         del built
+        if plan is None:
+            manifest = dataclasses.replace(
+                manifest,
+                pattern=str(request.pattern),
+                density=density,
+                include=request.include,
+                exclude=request.exclude,
+            )
+        else:
+            manifest = dataclasses.replace(manifest, pattern="plan", density=density)
         release_memory()
         if verify:
             step("verifying")
@@ -169,6 +173,50 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         (new / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         (new / REPORT).write_text(report_text(manifest), encoding="utf-8")
     return CompiledModel(directory, manifest, temporary=temporary)
+
+
+def write_library(
+    imported: ImportedModel, digest: str, built: Built, target: tvm.target.Target, directory: Path
+) -> Manifest:
+    """Write the library of a build, but not the manifest, to a directory.
+
+    Parameters
+    ----------
+    imported, digest
+        What was built, and its hash; the imported module itself is not needed.
+    built
+        The build.
+    target
+        The target with its number of threads.
+    directory
+        Where the library goes.
+
+    Returns
+    -------
+    The manifest: not verified, and of a dense model.
+    """
+    architecture, features = _processor(target)
+    library = directory / LIBRARY
+    return Manifest(
+        model=imported.name,
+        model_sha256=digest,
+        library_sha256=export_library(built.executable, library, target),
+        library_bytes=library.stat().st_size,
+        inputs=imported.inputs,
+        outputs=imported.outputs,
+        target=json.loads(str(target)),
+        architecture=architecture,
+        features=features,
+        threads=int(target.attrs["num-cores"]),
+        versions=package_versions(),
+        pattern="dense",
+        density=1.0,
+        include=(),
+        exclude=(),
+        layers=built.layers,
+        verification=None,
+        build_seconds=0.0,
+    )
 
 
 def resolve_target(
@@ -197,6 +245,14 @@ def resolve_target(
     if not isinstance(target, Mapping):
         raise EnvironmentMismatchError(f"target {target!r} is not a dictionary")
     return target_from_json(dict(target), threads)
+
+
+def model_sha256(imported: ImportedModel) -> str:
+    """Return the hash of the model's file, or of the serialised model where there was no file."""
+    if imported.path is not None:
+        return file_sha256(imported.path)
+    assert isinstance(imported.source, onnx.ModelProto)
+    return hashlib.sha256(imported.source.SerializeToString(deterministic=True)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -234,13 +290,14 @@ def _verify(
     return Verification(found.max_abs, found.max_rel, f"onnxruntime {manifest.versions['onnxruntime']}")
 
 
+def _density(module: tvm.IRModule) -> float:
+    calls = layer_calls(module)
+    kept = sum(int(np.count_nonzero(found.weight_view)) for found in calls)
+    return kept / max(1, sum(found.layer.parameters for found in calls))
+
+
 def _processor(target: tvm.target.Target) -> tuple[str, tuple[str, ...]]:
     """Return the architecture and the features that code for a target may use."""
     triple = str(target.attrs.get("mtriple", ""))
     found = tvm.get_global_func("target.llvm_get_cpu_features")(target)
     return triple.partition("-")[0] or platform.machine(), tuple(sorted(str(name) for name in found))
-
-
-def _proto_sha256(model: Path | onnx.ModelProto) -> str:
-    assert isinstance(model, onnx.ModelProto)
-    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()

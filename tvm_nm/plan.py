@@ -6,19 +6,19 @@ import difflib
 import fnmatch
 import json
 import os
-import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tvm_nm.errors import ArtifactError, PlanError
-from tvm_nm.patterns import SparsityPattern, parse_pattern
+from tvm_nm.json_file import read_json, write_text
+from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 
 if TYPE_CHECKING:
     from tvm_nm.inventory import Layer
 
-__all__ = ["PLAN_VERSION", "LayerChoice", "Plan", "near_names", "uniform_plan"]
+__all__ = ["PLAN_VERSION", "LayerChoice", "Plan", "PlanOrigin", "near_names", "prunable_layers", "uniform_plan"]
 
 PLAN_VERSION = 1
 """Version of the plan file that this release reads and writes."""
@@ -56,6 +56,45 @@ class LayerChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanOrigin:
+    """What a plan was made for, and what is expected of it; a plan that was written by hand has none.
+
+    Attributes
+    ----------
+    model, model_sha256, structure
+        The model: its name, the hash of its file, and of its layers; see `tvm_nm.costs.CostTable`.
+    target, threads, revision
+        What the times were measured on, and the revision of the kernel templates.
+    metric
+        Importance metric of the losses.
+    budget_us
+        The time that it had to meet.
+    dense_us, predicted_us
+        Time of the dense network and of the planned one in the cost table.
+    loss
+        Sum of the layers' losses.
+    measured_share
+        Measured time of the planned network as a share of the dense one's; None where it was not built.
+    note
+        What there is to say of it, such as that no sparse kernel is worth its loss; empty otherwise.
+    """
+
+    model: str
+    model_sha256: str
+    structure: str
+    target: dict[str, Any]
+    threads: int
+    revision: int
+    metric: str
+    budget_us: float
+    dense_us: float
+    predicted_us: float
+    loss: float
+    measured_share: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Choices for some layers of a network; a layer that is not named stays as it is.
 
@@ -63,6 +102,8 @@ class Plan:
     ----------
     layers
         One choice a layer.
+    origin
+        What it was made for, if that is known.
 
     Raises
     ------
@@ -71,6 +112,7 @@ class Plan:
     """
 
     layers: tuple[LayerChoice, ...] = ()
+    origin: PlanOrigin | None = None
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -86,7 +128,8 @@ class Plan:
             for choice in self.layers
         ]
         body = "".join(f"\n    {line}," for line in layers).rstrip(",")
-        return f'{{\n  "format": "{_FORMAT}",\n  "version": {PLAN_VERSION},\n  "layers": [{body}\n  ]\n}}\n'
+        origin = "" if self.origin is None else f'  "origin": {_indented(asdict(self.origin))},\n'
+        return f'{{\n  "format": "{_FORMAT}",\n  "version": {PLAN_VERSION},\n{origin}  "layers": [{body}\n  ]\n}}\n'
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Plan:
@@ -104,22 +147,13 @@ class Plan:
         ArtifactError
             If the text is no plan, or one of another version.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise ArtifactError(f"{source} is not JSON: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise ArtifactError(f'{source} is not a plan: it lacks "format": "{_FORMAT}"')
-        if data.get("version") != PLAN_VERSION:
-            raise ArtifactError(
-                f"{source} is a plan of version {data.get('version')!r} and this tvm_nm reads version {PLAN_VERSION}; "
-                "make it again"
-            )
+        data = read_json(text, source, _FORMAT, PLAN_VERSION, "plan")
         entries = data.get("layers")
         if not isinstance(entries, list):
             raise ArtifactError(f'{source} lacks the list "layers"')
         try:
-            return cls(tuple(_read_choice(entry, position) for position, entry in enumerate(entries)))
+            layers = tuple(_read_choice(entry, position) for position, entry in enumerate(entries))
+            return cls(layers, _read_origin(data.get("origin")))
         except ValueError as error:
             raise ArtifactError(f"{source}: {error}") from error
 
@@ -131,18 +165,7 @@ class Plan:
         ArtifactError
             If the file cannot be written.
         """
-        target = Path(path)
-        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            try:
-                with scratch.open("x", encoding="utf-8") as file:
-                    file.write(self.to_json())
-                scratch.replace(target)
-            except BaseException:
-                scratch.unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise ArtifactError(f"cannot write plan {target}: {error.strerror or error}") from error
+        write_text(path, self.to_json(), "plan")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -202,6 +225,13 @@ def uniform_plan(
     return Plan(tuple(LayerChoice(layer.name, pattern, density) for layer in layers if layer.name in chosen))
 
 
+def prunable_layers(
+    layers: Sequence[Layer], include: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Return the names of the layers that `uniform_plan` prunes, in order; the same errors."""
+    return tuple(choice.name for choice in uniform_plan(layers, Dense(), None, include, exclude).layers)
+
+
 def near_names(name: str, known: Iterable[str]) -> str:
     """Say which names somebody may have meant by one that does not exist: the end of an error message."""
     names = list(known)
@@ -230,6 +260,25 @@ def _matching(layers: Sequence[Layer], globs: Iterable[str]) -> set[str]:
             raise PlanError(f"no layer matches {glob!r}; {near_names(glob, names)}")
         matched |= found
     return matched
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(value, indent=2).replace("\n", "\n  ")
+
+
+def _read_origin(entry: object) -> PlanOrigin | None:
+    if entry is None:
+        return None
+    known = {item.name for item in fields(PlanOrigin)}
+    needed = {item.name for item in fields(PlanOrigin) if item.default is MISSING}
+    if not isinstance(entry, dict) or not needed <= entry.keys() <= known:
+        raise ValueError(f'"origin" needs {", ".join(sorted(needed))}; remove it from a plan that is written by hand')
+    numbers = ("budget_us", "dense_us", "predicted_us", "loss")
+    if any(isinstance(entry[key], bool) or not isinstance(entry[key], int | float) for key in numbers):
+        raise ValueError(f'"origin" needs numbers for {", ".join(numbers)}')
+    if not isinstance(entry["target"], dict) or not isinstance(entry["threads"], int):
+        raise ValueError('"origin" needs an object "target" and a number "threads"')
+    return PlanOrigin(**entry)
 
 
 def _read_choice(entry: object, position: int) -> LayerChoice:

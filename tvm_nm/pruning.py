@@ -18,7 +18,7 @@ from tvm_nm.inventory import Layer, inventory, layer_calls
 from tvm_nm.masks import PackedMasks
 from tvm_nm.passes.prune import Prune
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
-from tvm_nm.plan import uniform_plan
+from tvm_nm.plan import Plan, uniform_plan
 from tvm_nm.prune_onnx import prune_onnx
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "LayerSparsity",
     "PruneRequest",
     "inspect_model",
+    "prune_by_plan",
     "prune_file",
     "prune_module",
 ]
@@ -108,10 +109,15 @@ def prune_module(module: tvm.IRModule, request: PruneRequest) -> tuple[tvm.IRMod
         If a glob matches no layer.
     """
     plan = uniform_plan(inventory(module), request.pattern, request.density, request.include, request.exclude)
-    if isinstance(request.pattern, Dense):
+    return prune_by_plan(module, plan)
+
+
+def prune_by_plan(module: tvm.IRModule, plan: Plan) -> tuple[tvm.IRModule, PackedMasks]:
+    """Prune a canonical module as a plan says; returns and raises as `prune_module`."""
+    names = {choice.name for choice in plan.layers if not isinstance(choice.pattern, Dense)}
+    if not names:
         return module, PackedMasks()
     module = tvm.transform.Sequential([Prune(plan)])(module)
-    names = {choice.name for choice in plan.layers}
     calls = [found for found in layer_calls(module) if found.layer.name in names]
     return module, PackedMasks((found.layer.name, found.weight_view != 0) for found in calls)
 

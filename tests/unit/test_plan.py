@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tvm_nm.errors import ArtifactError, PlanError
 from tvm_nm.inventory import Layer
 from tvm_nm.patterns import NM, Dense, Granularity, OneByN, SparsityPattern, TileNM
-from tvm_nm.plan import LayerChoice, Plan, near_names, uniform_plan
+from tvm_nm.plan import LayerChoice, Plan, PlanOrigin, near_names, uniform_plan
 
 
 def layer(name: str, kind: str = "conv", groups: int = 1) -> Layer:
@@ -61,7 +62,25 @@ def choices(draw: st.DrawFn) -> LayerChoice:
     return LayerChoice(draw(st.text(min_size=1, max_size=8)), pattern, density)
 
 
-plans = st.lists(choices(), max_size=6, unique_by=lambda choice: choice.name).map(lambda found: Plan(tuple(found)))
+ORIGIN = PlanOrigin(
+    model="vgg",
+    model_sha256="12ab",
+    structure="34cd",
+    target={"kind": "llvm", "mcpu": "skylake-avx512"},
+    threads=2,
+    revision=1,
+    metric="l1",
+    budget_us=600.0,
+    dense_us=1000.0,
+    predicted_us=598.5,
+    loss=0.125,
+)
+
+plans = st.builds(
+    lambda found, origin: Plan(tuple(found), origin),
+    st.lists(choices(), max_size=6, unique_by=lambda choice: choice.name),
+    st.sampled_from([None, ORIGIN, dataclasses.replace(ORIGIN, measured_share=0.61, note="é")]),
+)
 
 
 @given(plans)
@@ -110,6 +129,25 @@ def test_unwritable_and_unreadable_files(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ArtifactError, match="not UTF-8"):
         Plan.load(binary)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extra": 1}, "remove it from a plan that is written by hand"),
+        ({"loss": "small"}, "needs numbers for budget_us"),
+        ({"loss": True}, "needs numbers for budget_us"),
+        ({"target": "x86"}, 'an object "target"'),
+        ({"threads": None}, 'a number "threads"'),
+    ],
+)
+def test_bad_origins_are_explained(changes: dict[str, object], message: str) -> None:
+    data = json.loads(Plan((), ORIGIN).to_json())
+    data["origin"] |= changes
+    with pytest.raises(ArtifactError, match=message):
+        Plan.from_json(json.dumps(data))
+    del data["origin"]
+    assert Plan.from_json(json.dumps(data)) == Plan()
 
 
 def entry(**changes: object) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import tvm
@@ -19,6 +21,7 @@ from tvm_nm.schedules.conv import ConvKernel, conv_prim_func
 from tvm_nm.schedules.fc import FcKernel, fc_prim_func
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
+from tvm_nm.schedules.winograd import WinogradKernel, winograd_prim_func
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["REPORTS_ATTR", "Lower", "layer_reports"]
@@ -50,11 +53,14 @@ class Lower:
         What kernels are chosen for.
     always_sparse
         Use a sparse kernel wherever a pattern explains the zeros, even one that is predicted to lose.
+    winograd
+        Let dense 3x3 convolutions be computed by Winograd's algorithm where that is predicted to be faster.
     """
 
-    def __init__(self, target: tvm.target.Target, *, always_sparse: bool = False) -> None:
+    def __init__(self, target: tvm.target.Target, *, always_sparse: bool = False, winograd: bool = True) -> None:
         self._target = target
         self._always_sparse = always_sparse
+        self._winograd = winograd
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Return the lowered module."""
@@ -62,7 +68,8 @@ class Lower:
         main = mod["main"]
         bindings = [binding for block in main.body.blocks for binding in block.bindings]
         layers = fuse_epilogues(calls, bindings, main.body.body)
-        lowering = _Lowering(mod, layers, self._target, always_sparse=self._always_sparse)
+        choose = partial(choose_conv, always_sparse=self._always_sparse, winograd=self._winograd)
+        lowering = _Lowering(mod, layers, self._target, choose, partial(choose_fc, always_sparse=self._always_sparse))
         lowered = lowering.run(mod)
         # An object, not a list: TVM cannot read an attribute of fewer than 8 characters back.
         reports = json.dumps({"layers": [report.to_dict() for report in lowering.reports]})
@@ -78,11 +85,16 @@ def _has_kernel(found: LayerCall) -> bool:
 @mutator
 class _Lowering(PyExprMutator):  # type: ignore[misc]
     def __init__(
-        self, mod: tvm.IRModule, layers: tuple[FusedLayer, ...], target: tvm.target.Target, *, always_sparse: bool
+        self,
+        mod: tvm.IRModule,
+        layers: tuple[FusedLayer, ...],
+        target: tvm.target.Target,
+        choose: Callable[..., Choice],
+        choose_fully_connected: Callable[..., Choice],
     ) -> None:
         super().__init__(mod)
         self._machine = machine_of(target)
-        self._always_sparse = always_sparse
+        self._choose = {"conv": choose, "fc": choose_fully_connected}
         self._by_end = {layer.end: layer for layer in layers}
         self._absorbed = {var for layer in layers for var in layer.absorbed}
         self.reports: list[LayerReport] = []
@@ -104,13 +116,12 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
 
     def _layer(self, fused: FusedLayer) -> relax.Call:
         layer = fused.found.layer
-        choose = choose_conv if layer.kind == "conv" else choose_fc
-        weights = fused.found.weight_view
-        choice = choose(layer, weights, fused.epilogue, self._machine, always_sparse=self._always_sparse)
+        choice = self._choose[layer.kind](layer, fused.found.weight_view, fused.epilogue, self._machine)
         kernel = choice.kernel
-        if isinstance(kernel, ConvKernel):
+        if isinstance(kernel, (ConvKernel, WinogradKernel)):
             work = kernel.workload
-            function = self.builder_.add_func(conv_prim_func(kernel), "tvm_nm_conv")
+            body = conv_prim_func(kernel) if isinstance(kernel, ConvKernel) else winograd_prim_func(kernel)
+            function = self.builder_.add_func(body, "tvm_nm_conv")
             in_shape: tuple[int, ...] = (work.batch, work.in_channels, work.height, work.width)
             out_shape: tuple[int, ...] = (work.batch, work.out_channels, work.out_height, work.out_width)
         else:

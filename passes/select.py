@@ -15,6 +15,8 @@ from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, pack_fc
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row, pack_conv
 from tvm_nm.schedules.tiling import choose_kernel, predicted_cycles
+from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd
+from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_cycles
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 __all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload"]
@@ -47,7 +49,7 @@ class Choice:
         Why zeros are not exploited; empty if they are, or if there are none.
     """
 
-    kernel: ConvKernel | FcKernel
+    kernel: ConvKernel | FcKernel | WinogradKernel
     packed: PackedWeights
     pattern: str
     density: float
@@ -55,9 +57,17 @@ class Choice:
 
 
 def choose_conv(
-    layer: Layer, weights: Weights, epilogue: Epilogue, machine: Machine, *, always_sparse: bool = False
+    layer: Layer,
+    weights: Weights,
+    epilogue: Epilogue,
+    machine: Machine,
+    *,
+    always_sparse: bool = False,
+    winograd: bool = True,
 ) -> Choice:
     """Choose a convolution's kernel.
+
+    A sparse kernel competes with the better of the direct and the Winograd kernel.
 
     Parameters
     ----------
@@ -71,18 +81,21 @@ def choose_conv(
         What the kernel is generated for.
     always_sparse
         Take the sparse kernel even where the dense one is predicted to be faster.
+    winograd
+        Whether Winograd kernels may be chosen.
     """
     work = conv_workload(layer, epilogue)
-    dense = choose_kernel(work, machine)
+    dense, dense_cycles = _dense_conv(work, machine, winograd=winograd)
     detection = detect_pattern(weights != 0, work.groups)
     sparse = _sparse_conv(work, weights, detection, machine)
     note = _why_dense(detection)
     if sparse is not None:
-        ratio = predicted_cycles(sparse) / predicted_cycles(dense)
+        ratio = predicted_cycles(sparse) / dense_cycles
         if ratio < _CONV_WORTHWHILE or always_sparse:
             return Choice(sparse, pack_conv(sparse, weights), str(detection.pattern), detection.density, "")
         note = f"{detection.pattern} at density {detection.density:.2f}: predicted {ratio:.2f}x the dense kernel's time"
-    return Choice(dense, pack_conv(dense, weights), "dense", detection.density, note)
+    packed = pack_winograd(dense, weights) if isinstance(dense, WinogradKernel) else pack_conv(dense, weights)
+    return Choice(dense, packed, "dense", detection.density, note)
 
 
 def choose_fc(
@@ -134,6 +147,19 @@ def conv_workload(layer: Layer, epilogue: Epilogue) -> ConvWorkload:
 
 def _why_dense(detection: Detection) -> str:
     return "" if detection.density > _STRAY_ZEROS else detection.reason
+
+
+def _dense_conv(work: ConvWorkload, machine: Machine, *, winograd: bool) -> tuple[ConvKernel | WinogradKernel, float]:
+    """Return the best dense kernel and its predicted cycles.
+
+    Winograd's weights are 1.8 to 4 times as large and its rounding errors larger: a small gain is not worth them.
+    """
+    direct = choose_kernel(work, machine)
+    cycles = predicted_cycles(direct)
+    fast = choose_winograd(work, machine) if winograd else None
+    if fast is not None and (fast_cycles := winograd_cycles(fast, machine)) < _CONV_WORTHWHILE * cycles:
+        return fast, fast_cycles
+    return direct, cycles
 
 
 def _sparse_conv(work: ConvWorkload, weights: Weights, detection: Detection, machine: Machine) -> ConvKernel | None:

@@ -16,6 +16,8 @@ from tvm_nm.schedules.fc import FC_RULE, schedule_fc
 from tvm_nm.schedules.generic import schedule_generic
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import POOL_RULE, schedule_pool
+from tvm_nm.schedules.winograd import WINOGRAD_RULE
+from tvm_nm.schedules.winograd_template import schedule_winograd
 
 __all__ = ["TEMPLATES", "ApplyDefaultSchedules", "pass_context", "schedule_function"]
 
@@ -25,6 +27,7 @@ TEMPLATES: dict[str, Callable[[s_tir.Schedule, Any], list[s_tir.Schedule]]] = {
     CONV_RULE: schedule_conv,
     FC_RULE: schedule_fc,
     POOL_RULE: schedule_pool,
+    WINOGRAD_RULE: schedule_winograd,
 }
 """Templates by the `schedule_rule` annotation that selects them; MetaSchedule finds them by the same names."""
 

@@ -77,6 +77,7 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @_shape_option
 @_json_option
 @click.option("--no-verify", is_flag=True, help="Do not compare the outputs with onnxruntime's.")
+@click.option("--no-winograd", is_flag=True, help="Compute dense 3x3 convolutions directly: smaller, rounds less.")
 def compile_command(
     model: Path | None,
     output: Path | None,
@@ -89,14 +90,15 @@ def compile_command(
     shapes: tuple[str, ...],
     json_file: str | None,
     no_verify: bool,
+    no_winograd: bool,
 ) -> None:
     """Prune and compile MODEL.onnx into the directory DIR, which then runs without the ONNX file.
 
     Without MODEL: compile the network that comes with tvm-nm and show what sparsity does to its speed and accuracy.
     """
     if model is None:
-        if target or shapes or no_verify:
-            raise click.UsageError("--target, --shape and --no-verify need a MODEL")
+        if target or shapes or no_verify or no_winograd:
+            raise click.UsageError("--target, --shape, --no-verify and --no-winograd need a MODEL")
         _demo(pattern, density, include, exclude, threads, output, json_file)
         return
     from tvm_nm.compiler import compile as compile_model
@@ -116,6 +118,7 @@ def compile_command(
             target=target,
             shapes=_shapes(shapes),
             verify=not no_verify,
+            winograd=not no_winograd,
             progress=steps,
         )
     _emit(built.manifest.to_dict(), json_file)

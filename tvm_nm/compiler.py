@@ -62,6 +62,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     target: Mapping[str, Any] | str | tvm.target.Target | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     verify: bool = True,
+    winograd: bool = True,
     overwrite: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> CompiledModel:
@@ -92,6 +93,9 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         Shapes of inputs that have symbolic axes.
     verify
         Compare the library's outputs on a random input with those of onnxruntime running the pruned model.
+    winograd
+        Let dense 3x3 convolutions be computed by Winograd's algorithm where that is faster. Its weights are up to four
+        times as large, and it rounds differently: errors of about 1e-5 of the largest output instead of 1e-6.
     overwrite
         Whether an artefact at `output` is replaced.
     progress
@@ -149,7 +153,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         density = request.density if plan is None else _density(module)
         release_memory()
         step("compiling")
-        built = build_executable(module, chosen, always_sparse=plan is not None)
+        built = build_executable(module, chosen, always_sparse=plan is not None, winograd=winograd)
         del module
         release_memory()
         step("linking")

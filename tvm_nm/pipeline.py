@@ -20,11 +20,13 @@ PIPELINE = "tvm_nm"
 """Name under which Relax knows the pipeline: ``tvm.compile(mod, target, relax_pipeline="tvm_nm")``."""
 
 
-def lowering_passes(target: tvm.target.Target, *, always_sparse: bool = False) -> list[tvm.transform.Pass]:
+def lowering_passes(
+    target: tvm.target.Target, *, always_sparse: bool = False, winograd: bool = True
+) -> list[tvm.transform.Pass]:
     """Return the passes from a canonical (perhaps pruned) module to one of unscheduled PrimFuncs only."""
     return [
         QuarterPowers(),
-        Lower(target, always_sparse=always_sparse),
+        Lower(target, always_sparse=always_sparse, winograd=winograd),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FuseOps(),
@@ -81,7 +83,9 @@ class Built:
     layers: tuple[LayerReport, ...]
 
 
-def build_executable(module: tvm.IRModule, target: tvm.target.Target, *, always_sparse: bool = False) -> Built:
+def build_executable(
+    module: tvm.IRModule, target: tvm.target.Target, *, always_sparse: bool = False, winograd: bool = True
+) -> Built:
     """Lower, schedule and compile a canonical module.
 
     Parameters
@@ -90,11 +94,13 @@ def build_executable(module: tvm.IRModule, target: tvm.target.Target, *, always_
         What `import_onnx` returns, perhaps pruned; it is not changed.
     target
         An LLVM target whose `num-cores` is the number of threads.
-    always_sparse
+    always_sparse, winograd
         See `Lower`.
     """
     with target, pass_context():
-        lowered = tvm.transform.Sequential(lowering_passes(target, always_sparse=always_sparse))(module)
+        lowered = tvm.transform.Sequential(lowering_passes(target, always_sparse=always_sparse, winograd=winograd))(
+            module
+        )
         reports = layer_reports(lowered)
         scheduled = tvm.transform.Sequential(scheduling_passes(target))(lowered)
         executable = tvm.compile(scheduled, target, relax_pipeline=_already_lowered())

@@ -37,8 +37,10 @@ AVX512 = target_from_json({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu"
 op = relax.op
 
 
-def lower(mod: tvm.IRModule, target: tvm.target.Target = AVX512, *, always_sparse: bool = True) -> tvm.IRModule:
-    lowered = Lower(target, always_sparse=always_sparse)(mod)
+def lower(
+    mod: tvm.IRModule, target: tvm.target.Target = AVX512, *, always_sparse: bool = True, winograd: bool = False
+) -> tvm.IRModule:
+    lowered = Lower(target, always_sparse=always_sparse, winograd=winograd)(mod)
     relax.analysis.well_formed(lowered)  # raises
     return lowered
 
@@ -273,6 +275,39 @@ def test_patterns_are_found_and_get_a_table(text: str, density: float | None, fo
         ["float32", "uint8", "float32"],
         ["float32", "uint16", "float32"],
     )
+
+
+def kernel_names(mod: tvm.IRModule, *, winograd: bool) -> list[str]:
+    return [report.kernel for report in layer_reports(lower(mod, always_sparse=False, winograd=winograd))]
+
+
+def test_winograd_is_chosen_where_it_pays() -> None:
+    def build(b: Builder, x: relax.Expr) -> relax.Expr:
+        return b.conv(b.conv(b.conv(x, 64), 64), 64, 1)
+
+    names = kernel_names(module(build, (1, 4, 56, 56)), winograd=True)
+    # Few input channels do not pay for the transforms.
+    assert [name.split()[0] for name in names] == ["pixel-vector", "winograd", "pixel-vector"]
+    assert all(name.startswith("pixel-vector") for name in kernel_names(module(build, (1, 4, 56, 56)), winograd=False))
+    tiny = module(lambda b, x: b.conv(x, 8), (1, 8, 4, 4))
+    assert kernel_names(tiny, winograd=True)[0].startswith("pixel-vector")
+
+
+def test_report_of_a_winograd_layer() -> None:
+    (report,) = layer_reports(lower(module(lambda b, x: b.conv(x, 64), (1, 64, 56, 56)), winograd=True))
+    assert report.kernel.startswith("winograd 4x4")
+    # 36 multiplications instead of 144 for each tile, and as many weights instead of 9.
+    assert (report.macs / report.kept_macs, report.packed_bytes) == (4.0, 64 * 64 * 36 * 4)
+
+
+def test_a_sparse_layer_must_beat_winograd() -> None:
+    mask = mask_of("1x16", (64, 64, 3, 3), 0.5)
+    mod = module(lambda b, x: b.conv(x, 64, mask=mask), (1, 64, 56, 56))
+    (direct,) = layer_reports(lower(mod, always_sparse=False))
+    (report,) = layer_reports(lower(mod, always_sparse=False, winograd=True))
+    assert (direct.pattern, report.pattern) == ("1x16", "dense")
+    assert report.kernel.startswith("winograd")
+    assert "the dense kernel's time" in report.note
 
 
 def test_on_a_pointwise_layer_positions_are_channels() -> None:

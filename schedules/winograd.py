@@ -1,0 +1,282 @@
+"""The Winograd family: dense 3x3, stride 1 convolutions with 2.25 to 4 times fewer multiplications.
+
+    Y = A^T [ sum over ic of (G w G^T) * (B^T d B) ] A      for each m x m tile of outputs (see `winograd_points`)
+
+The sums are (m + 2)^2 independent matrix products, one for each *frequency*: [tiles x IC] times [IC x OC]. Vectors
+run over channels in all stages, so any number of tiles fits; the input is transposed into channel vectors as it is
+padded, and the output back into rows of pixels as it goes through the epilogue.
+
+Tiles are cut into *chunks* of `chunk_rows` x `chunk_columns`, whose transformed inputs and sums stay in L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import te, tirx
+
+from tvm_nm.schedules.epilogue import activate
+from tvm_nm.schedules.packing import PackedWeights
+from tvm_nm.schedules.winograd_points import combine_columns, combine_rows, transform_matrices, transform_weights
+from tvm_nm.workload import ConvWorkload
+
+__all__ = ["WINOGRAD_RULE", "WinogradKernel", "pack_winograd", "winograd_applies", "winograd_prim_func"]
+
+WINOGRAD_RULE = "tvm_nm_winograd"
+
+
+def winograd_applies(work: ConvWorkload) -> bool:
+    """Whether a workload is of the family: 3x3, stride 1, no dilation, no groups."""
+    return (work.kernel, work.stride, work.dilation, work.groups) == ((3, 3), (1, 1), (1, 1), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class WinogradKernel:
+    """A kernel variant: everything that fixes the generated code except its schedule decisions.
+
+    Attributes
+    ----------
+    workload
+        What is computed.
+    lanes
+        float32 elements of one vector.
+    tile
+        Output rows and columns of a tile, m.
+    chunk_rows, chunk_columns
+        Tiles of a chunk, vertically and horizontally.
+    oc_vectors
+        Channel vectors of the register tile.
+    tiles_per_step
+        Default tiles of the register tile.
+    staged
+        Whether each stage runs over all tiles, in parallel over channels and frequencies, before the next begins: for
+        maps of few tiles. Otherwise chunks are the parallel tasks.
+
+    Raises
+    ------
+    ValueError
+        If the workload is not of the family, or it is staged with several chunks.
+    """
+
+    workload: ConvWorkload
+    lanes: int
+    tile: int
+    chunk_rows: int
+    chunk_columns: int
+    oc_vectors: int
+    tiles_per_step: int
+    staged: bool
+
+    def __post_init__(self) -> None:
+        if not winograd_applies(self.workload):
+            raise ValueError(f"Winograd kernels are for 3x3, stride 1, no groups: {self.workload}")
+        if self.staged and (self.row_chunks > 1 or self.column_chunks > 1):
+            raise ValueError("a staged kernel has one chunk")
+
+    @property
+    def size(self) -> int:
+        """Input rows and columns of a tile; its square is the number of frequencies."""
+        return self.tile + 2
+
+    @property
+    def tile_rows(self) -> int:
+        return -(-self.workload.out_height // self.tile)
+
+    @property
+    def tile_columns(self) -> int:
+        return -(-self.workload.out_width // self.tile)
+
+    @property
+    def row_chunks(self) -> int:
+        return -(-self.tile_rows // self.chunk_rows)
+
+    @property
+    def column_chunks(self) -> int:
+        return -(-self.tile_columns // self.chunk_columns)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the whole batch."""
+        return self.workload.batch * self.row_chunks * self.column_chunks
+
+    @property
+    def chunk_tiles(self) -> int:
+        return self.chunk_rows * self.chunk_columns
+
+    @property
+    def ic_vectors(self) -> int:
+        return -(-self.workload.in_channels // self.lanes)
+
+    @property
+    def oc_blocks(self) -> int:
+        """Blocks of `oc_vectors` vectors of output channels; the last may be partly empty."""
+        return -(-self.workload.out_channels // (self.lanes * self.oc_vectors))
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the packed weights: (blocks, m + 2, m + 2, IC, vectors, lanes)."""
+        return (self.oc_blocks, self.size, self.size, self.workload.in_channels, self.oc_vectors, self.lanes)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the matrix products on wanted tiles and channels."""
+        work = self.workload
+        tiles = work.batch * self.tile_rows * self.tile_columns
+        return tiles * self.size**2 * work.in_channels * work.out_channels
+
+    def __str__(self) -> str:
+        place = "staged" if self.staged else f"{self.chunk_rows}x{self.chunk_columns} tiles"
+        return f"winograd {self.tile}x{self.tile}, {self.tiles_per_step}x{self.oc_vectors} {place}"
+
+
+def pack_winograd(kernel: WinogradKernel, weights: npt.NDArray[np.float32]) -> PackedWeights:
+    """Transform weights (OC, IC, 3, 3) and pack them into `WinogradKernel.weight_shape`."""
+    transformed = transform_weights(weights, kernel.tile)
+    blocks, size, _, channels, vectors, lanes = kernel.weight_shape
+    filled = np.zeros((size, size, blocks * vectors * lanes, channels), np.float32)
+    filled[:, :, : weights.shape[0]] = transformed
+    split = filled.reshape(size, size, blocks, vectors, lanes, channels)
+    return PackedWeights(np.ascontiguousarray(split.transpose(2, 0, 1, 5, 3, 4)), None)
+
+
+@lru_cache(maxsize=256)
+def winograd_prim_func(kernel: WinogradKernel) -> tvm.tirx.PrimFunc:
+    """Return the unscheduled PrimFunc of a kernel variant.
+
+    Its arguments, all float32: data (N, C, H, W); packed weights (`WinogradKernel.weight_shape`); bias (OC,); the
+    residual (N, OC, OH, OW) if the epilogue adds one; the output (N, OC, OH, OW).
+    """
+    work = kernel.workload
+    data = te.placeholder((work.batch, work.in_channels, work.height, work.width), name="data")
+    weight = te.placeholder(kernel.weight_shape, name="weight")
+    bias = te.placeholder((work.out_channels,), name="bias")
+    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
+    residual = te.placeholder(out_shape, name="residual") if work.epilogue.residual else None
+    frequencies = _input_transform(kernel, _channel_vectors(kernel, data))
+    sums = _products(kernel, frequencies, weight)
+    out = _store(kernel, _output_transform(kernel, sums), bias, residual)
+    arguments = [data, weight, bias, residual, out]
+    func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
+    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
+
+
+def _channel_vectors(kernel: WinogradKernel, data: te.Tensor) -> te.Tensor:
+    """Return the padded input as vectors of channels: (batch, IC / lanes, row, column, lane)."""
+    work, lanes, tile = kernel.workload, kernel.lanes, kernel.tile
+    top, left, _, _ = work.padding
+
+    def element(n: Any, block: Any, row: Any, column: Any, lane: Any) -> Any:
+        y, x, c = row - top, column - left, block * lanes + lane
+        inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
+        if work.in_channels % lanes:
+            inside = tirx.all(c < work.in_channels, inside)
+        return tirx.if_then_else(inside, data[n, c, y, x], tirx.const(0.0, "float32"))
+
+    rows = kernel.row_chunks * kernel.chunk_rows * tile + 2
+    columns = kernel.column_chunks * kernel.chunk_columns * tile + 2
+    return te.compute((work.batch, kernel.ic_vectors, rows, columns, lanes), element, name="pixels")
+
+
+def _input_transform(kernel: WinogradKernel, pixels: te.Tensor) -> te.Tensor:
+    """Return `B^T d B` of every tile: (batch, chunk row, chunk column, i, j, tile, channel)."""
+    work, size, tile, lanes = kernel.workload, kernel.size, kernel.tile, kernel.lanes
+    matrix = transform_matrices(tile)[2]
+    rows, columns, tiles = kernel.chunk_rows, kernel.chunk_columns, kernel.chunk_tiles
+
+    def by_rows(n: Any, cy: Any, cx: Any, t: Any, i: Any, b: Any, block: Any, lane: Any) -> Any:
+        y = (cy * rows + tirx.indexdiv(t, columns)) * tile
+        x = (cx * columns + tirx.indexmod(t, columns)) * tile
+        return combine_rows(matrix, i, lambda a: pixels[n, block, y + a, x + b, lane])
+
+    outer = (work.batch, kernel.row_chunks, kernel.column_chunks)
+    shape = (*outer, tiles, size, size, kernel.ic_vectors, lanes)
+    half = te.compute(shape, by_rows, name="input_rows")
+
+    def by_columns(n: Any, cy: Any, cx: Any, i: Any, j: Any, t: Any, block: Any, lane: Any) -> Any:
+        return combine_rows(matrix, j, lambda b: half[n, cy, cx, t, i, b, block, lane])
+
+    return te.compute((*outer, size, size, tiles, kernel.ic_vectors, lanes), by_columns, name="frequencies")
+
+
+def _products(kernel: WinogradKernel, frequencies: te.Tensor, weight: te.Tensor) -> te.Tensor:
+    """Return the sums over input channels: (batch, chunk row, chunk column, block, i, j, tile, vector, lane)."""
+    work, lanes = kernel.workload, kernel.lanes
+    ic = te.reduce_axis((0, work.in_channels), name="ic")
+
+    def product(n: Any, cy: Any, cx: Any, block: Any, i: Any, j: Any, t: Any, vector: Any, lane: Any) -> Any:
+        x = frequencies[n, cy, cx, i, j, t, tirx.indexdiv(ic, lanes), tirx.indexmod(ic, lanes)]
+        return te.sum(x * weight[block, i, j, ic, vector, lane], axis=[ic])
+
+    shape = (
+        work.batch,
+        kernel.row_chunks,
+        kernel.column_chunks,
+        kernel.oc_blocks,
+        kernel.size,
+        kernel.size,
+        kernel.chunk_tiles,
+        kernel.oc_vectors,
+        lanes,
+    )
+    attrs = {
+        "schedule_rule": WINOGRAD_RULE,
+        "tvm_nm_tile": kernel.tile,
+        "tvm_nm_chunk_rows": kernel.chunk_rows,
+        "tvm_nm_chunk_columns": kernel.chunk_columns,
+        "tvm_nm_tiles_per_step": kernel.tiles_per_step,
+        "tvm_nm_staged": int(kernel.staged),
+    }
+    return te.compute(shape, product, name="sums", attrs=attrs)
+
+
+def _output_transform(kernel: WinogradKernel, sums: te.Tensor) -> te.Tensor:
+    """Return `A^T s A`: (batch, chunk row, chunk column, block, vector, tile row, p, tile column, q, lane)."""
+    work, size, tile, lanes = kernel.workload, kernel.size, kernel.tile, kernel.lanes
+    matrix = transform_matrices(tile)[0]
+    columns = kernel.chunk_columns
+    outer = (work.batch, kernel.row_chunks, kernel.column_chunks, kernel.oc_blocks, kernel.oc_vectors)
+
+    def by_rows(n: Any, cy: Any, cx: Any, block: Any, vector: Any, t: Any, p: Any, j: Any, lane: Any) -> Any:
+        return combine_columns(matrix, p, lambda i: sums[n, cy, cx, block, i, j, t, vector, lane])
+
+    half = te.compute((*outer, kernel.chunk_tiles, tile, size, lanes), by_rows, name="output_rows")
+
+    def by_columns(
+        n: Any, cy: Any, cx: Any, block: Any, vector: Any, ty: Any, p: Any, tx: Any, q: Any, lane: Any
+    ) -> Any:
+        t = ty * columns + tx
+        return combine_columns(matrix, q, lambda j: half[n, cy, cx, block, vector, t, p, j, lane])
+
+    return te.compute((*outer, kernel.chunk_rows, tile, columns, tile, lanes), by_columns, name="tiles")
+
+
+def _store(kernel: WinogradKernel, tiles: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:
+    work, lanes, tile, columns = kernel.workload, kernel.lanes, kernel.tile, kernel.chunk_columns
+    rows_of_chunk, columns_of_chunk = kernel.chunk_rows * tile, columns * tile
+    per_block = kernel.oc_vectors * lanes
+
+    def element(n: Any, oc: Any, y: Any, x: Any) -> Any:
+        in_rows, in_columns = tirx.indexmod(y, rows_of_chunk), tirx.indexmod(x, columns_of_chunk)
+        value = tiles[
+            n,
+            tirx.indexdiv(y, rows_of_chunk),
+            tirx.indexdiv(x, columns_of_chunk),
+            tirx.indexdiv(oc, per_block),
+            tirx.indexdiv(tirx.indexmod(oc, per_block), lanes),
+            tirx.indexdiv(in_rows, tile),
+            tirx.indexmod(in_rows, tile),
+            tirx.indexdiv(in_columns, tile),
+            tirx.indexmod(in_columns, tile),
+            tirx.indexmod(oc, lanes),
+        ]
+        value = value + bias[oc]
+        if residual is not None:
+            value = value + residual[n, oc, y, x]
+        return activate(value, work.epilogue)
+
+    return te.compute((work.batch, work.out_channels, work.out_height, work.out_width), element, name="out")

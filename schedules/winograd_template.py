@@ -1,0 +1,112 @@
+"""The schedule template of the Winograd family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm_ffi
+from tvm import s_tir
+
+from tvm_nm.schedules.winograd import WINOGRAD_RULE
+
+__all__ = ["schedule_winograd"]
+
+_MOST_ACCUMULATORS = 28
+_ALIGN = 1024  # elements: the stride at which lines of L1 begin to compete for a set
+
+
+def _producer(sch: s_tir.Schedule, block: Any, name: str) -> Any:
+    return next(found for found in sch.get_producers(block) if sch.get(found).name_hint == name)
+
+
+@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{WINOGRAD_RULE}", override=True)  # type: ignore[untyped-decorator]
+def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
+    """Schedule the convolution whose matrix products are block `sums`."""
+    annotations = sch.get(sums).annotations
+    tile, chunk_rows, chunk_columns, default_tiles, staged = (
+        int(annotations[f"tvm_nm_{name}"])
+        for name in ("tile", "chunk_rows", "chunk_columns", "tiles_per_step", "staged")
+    )
+    frequencies = _producer(sch, sums, "frequencies")
+    input_rows = _producer(sch, frequencies, "input_rows")
+    pixels = _producer(sch, input_rows, "pixels")
+    output_rows = sch.get_consumers(sums)[0]
+    tiles = sch.get_consumers(output_rows)[0]
+    out = sch.get_consumers(tiles)[0]
+    lanes, oc_vectors = (int(sch.get(sch.get_loops(sums)[axis]).extent) for axis in (8, 7))
+
+    n, oc, y, x = sch.get_loops(out)
+    chunk_row, row = sch.split(y, [None, chunk_rows * tile])
+    chunk_column, column = sch.split(x, [None, chunk_columns * tile])
+    block, in_block = sch.split(oc, [None, oc_vectors * lanes])
+    vector, lane = sch.split(in_block, [oc_vectors, lanes])
+    sch.reorder(n, chunk_row, chunk_column, block, vector, row, column, lane)
+    task = None
+    if staged:
+        sch.parallel(sch.fuse(n, chunk_row, chunk_column, block, vector))
+    else:
+        task = sch.fuse(n, chunk_row, chunk_column)
+        sch.parallel(task)
+
+    # output transform
+    sch.compute_at(tiles, sch.get_loops(out)[0] if staged else vector, preserve_unit_loops=True)
+    ty, p, tx, q, tlane = sch.get_loops(tiles)[-5:]
+    sch.reorder(ty, tx, p, q, tlane)
+    sch.compute_at(output_rows, tx, preserve_unit_loops=True)
+    _register_block(sch, tiles, [p, q], tlane)
+    rp, rj, rlane = sch.get_loops(output_rows)[-3:]
+    sch.set_scope(output_rows, 0, "local")
+    sch.reorder(rj, rp, rlane)
+    _register_block(sch, output_rows, [rj, rp], rlane)
+
+    # products
+    flush = sch.cache_write(sums, 0, "local")
+    if staged:
+        fn, fy, fx, fb, fi, fj, ft, fv, fl = sch.get_loops(flush)
+        sch.reorder(fn, fy, fx, fb, fi, fj)
+        sch.parallel(sch.fuse(fn, fy, fx, fb, fi, fj))
+    else:
+        sch.compute_at(flush, block, preserve_unit_loops=True)
+        ft, fv, fl = sch.get_loops(flush)[-3:]
+    choices = list(range(1, max(default_tiles, _MOST_ACCUMULATORS // oc_vectors) + 1))
+    per_step = sch.sample_categorical(choices, [1.0 / len(choices)] * len(choices), choices.index(default_tiles))
+    t_outer, t_inner = sch.split(ft, [None, per_step])
+    sch.annotate(t_outer, "pragma_loop_partition_hint", 1)
+    sch.vectorize(fl)
+    sch.unroll(fv)
+    sch.unroll(t_inner)
+    sch.compute_at(sums, t_outer, preserve_unit_loops=True)
+    st, sv, sl, ic = sch.get_loops(sums)[-4:]
+    sch.reorder(ic, st, sv, sl)
+    sch.vectorize(sl)
+    sch.unroll(sv)
+    sch.unroll(st)
+    sch.decompose_reduction(sums, ic)
+
+    # input transform
+    if task is not None:
+        sch.compute_at(frequencies, task, preserve_unit_loops=True)
+        fn, fcy, fcx, i, j, t, fblock, flane = sch.get_loops(frequencies)[-8:]
+    else:
+        fn, fcy, fcx, i, j, t, fblock, flane = sch.get_loops(frequencies)
+    sch.reorder(fn, fcy, fcx, fblock, t, i, j, flane)
+    if task is None:
+        sch.parallel(sch.fuse(fn, fcy, fcx, fblock))
+    ty, tx = sch.split(t, [chunk_rows, chunk_columns])
+    sch.compute_at(input_rows, tx, preserve_unit_loops=True)
+    sch.set_scope(input_rows, 0, "local")
+    _register_block(sch, frequencies, [i, j], flane)
+    ri, rb, _, rlane = sch.get_loops(input_rows)[-4:]
+    sch.reorder(rb, ri, rlane)
+    _register_block(sch, input_rows, [rb, ri], rlane)
+    where = sch.get_loops(frequencies)[0] if task is None else fblock
+    sch.compute_at(pixels, where, preserve_unit_loops=True)
+    sch.vectorize(sch.get_loops(pixels)[-1])
+    sch.storage_align(frequencies, 0, 4, _ALIGN, 16)
+    return [sch]
+
+
+def _register_block(sch: s_tir.Schedule, block: Any, loops: list[Any], lane: Any) -> None:
+    for loop in loops:
+        sch.unroll(loop)
+    sch.vectorize(lane)

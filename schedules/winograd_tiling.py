@@ -1,0 +1,107 @@
+"""Default decisions of the Winograd family: which variant, and whether one beats the direct convolution.
+
+The model counts the cycles of each stage on one thread, in the units of `tiling.predicted_cycles`: the matrix products
+by FMAs and loads, the transforms by channel vectors of a tile, and what is streamed from beyond L2: the weights, once
+for each chunk, and the transformed inputs and sums where they exceed L2. Its constants were fitted to measured times.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
+from tvm_nm.workload import ConvWorkload
+
+__all__ = ["choose_winograd", "winograd_cycles"]
+
+_LOADS_PER_CYCLE = 1.6
+_FMA_LATENCY = 4.0
+_STEP_OVERHEAD = 30.0
+_INPUT_CYCLES_PER_VALUE = 8.0
+_OUTPUT_CYCLES_PER_VALUE = 12.0
+_L2_BYTES = 3 << 19
+_STREAM_BYTES_PER_CYCLE = 12.0
+_MEMORY_BYTES_PER_CYCLE = 4.0
+# From this model's cycles to those of the direct convolution's, which counts high.
+_SCALE = 1.4
+_TASK_OVERHEAD = 2000.0
+_MOST_CHUNK_TILES = 256
+_STAGED_TILES = 64
+
+
+def winograd_cycles(kernel: WinogradKernel, machine: Machine) -> float:
+    """Return the model's cycles of a kernel, times the share of threads that have nothing to do at its end."""
+    frequencies = kernel.size**2
+    full, rest = divmod(kernel.chunk_tiles, kernel.tiles_per_step)
+    steps = full * _step_cycles(kernel, kernel.tiles_per_step) + (_step_cycles(kernel, rest) if rest else 0.0)
+    products = kernel.chunks * kernel.oc_blocks * frequencies * steps
+    tiles = kernel.chunks * kernel.chunk_tiles
+    transforms = tiles * kernel.ic_vectors * frequencies * _INPUT_CYCLES_PER_VALUE
+    transforms += tiles * kernel.oc_blocks * kernel.oc_vectors * kernel.tile**2 * _OUTPUT_CYCLES_PER_VALUE
+    tasks = frequencies * kernel.oc_blocks if kernel.staged else kernel.chunks
+    idle = -(-tasks // machine.threads) * machine.threads / tasks
+    cycles = (products + transforms + _stream_cycles(kernel)) * idle + _TASK_OVERHEAD * kernel.chunks
+    return _SCALE * cycles
+
+
+def _step_cycles(kernel: WinogradKernel, tiles: int) -> float:
+    fmas, loads = tiles * kernel.oc_vectors, tiles + kernel.oc_vectors
+    return kernel.workload.in_channels * max(fmas / 2, loads / _LOADS_PER_CYCLE, _FMA_LATENCY) + _STEP_OVERHEAD
+
+
+def _stream_cycles(kernel: WinogradKernel) -> float:
+    """Cycles of moving weights from memory and, where L2 is too small, weights, inputs and sums from beyond it."""
+    frequencies, tiles = kernel.size**2, kernel.chunk_tiles
+    weights = 4 * math.prod(kernel.weight_shape)
+    inputs = 4 * frequencies * tiles * kernel.ic_vectors * kernel.lanes
+    sums = 4 * frequencies * tiles * kernel.oc_vectors * kernel.lanes * (kernel.oc_blocks if kernel.staged else 1)
+    streamed = weights * (kernel.chunks - 1 if weights + inputs + sums > _L2_BYTES else 0)
+    if inputs + sums > _L2_BYTES:
+        streamed += kernel.chunks * (inputs + sums) * 2
+    return weights / _MEMORY_BYTES_PER_CYCLE + streamed / _STREAM_BYTES_PER_CYCLE
+
+
+def choose_winograd(workload: ConvWorkload, machine: Machine) -> WinogradKernel | None:
+    """Return the variant with the least predicted cycles, or None where the family does not apply."""
+    if not winograd_applies(workload):
+        return None
+    return min(_candidates(workload, machine), key=lambda kernel: winograd_cycles(kernel, machine))
+
+
+def _candidates(workload: ConvWorkload, machine: Machine) -> list[WinogradKernel]:
+    found = []
+    oc_vectors = -(-workload.out_channels // machine.lanes)
+    for tile in (2, 4):
+        rows, columns = -(-workload.out_height // tile), -(-workload.out_width // tile)
+        shapes = [
+            (chunk_rows, chunk_columns)
+            for chunk_rows in _even_cuts(rows)
+            for chunk_columns in _even_cuts(columns)
+            if chunk_rows * chunk_columns <= _MOST_CHUNK_TILES
+        ]
+        for vectors in range(1, min(4, oc_vectors) + 1):
+            most = machine.accumulators // vectors
+            for chunk_rows, chunk_columns in shapes:
+                per_step = _tiles_per_step(chunk_rows * chunk_columns, most + 1 if vectors == 4 else most)
+                kernel = WinogradKernel(
+                    workload, machine.lanes, tile, chunk_rows, chunk_columns, vectors, per_step, False
+                )
+                found.append(kernel)
+        if rows * columns <= _STAGED_TILES:
+            for vectors in range(1, min(4, oc_vectors) + 1):
+                most = machine.accumulators // vectors
+                per_step = _tiles_per_step(rows * columns, most + 1 if vectors == 4 else most)
+                found.append(WinogradKernel(workload, machine.lanes, tile, rows, columns, vectors, per_step, True))
+    return found
+
+
+def _even_cuts(count: int) -> list[int]:
+    """Return the piece lengths that cut `count` into 1, 2, 3, ... pieces."""
+    return sorted({-(-count // pieces) for pieces in range(1, count + 1)})
+
+
+def _tiles_per_step(tiles: int, most: int) -> int:
+    """Return the longest step up to `most` that needs no more steps than `most` itself, evenly."""
+    steps = -(-tiles // most)
+    return -(-tiles // steps)

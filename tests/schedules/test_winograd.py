@@ -1,0 +1,201 @@
+"""Winograd kernels compute the convolution, with an error that stays small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import conv
+from running import build, call, haswell, host_flags, integers
+
+from tvm_nm.schedules.machine import host_target, machine_of
+from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies, winograd_prim_func
+from tvm_nm.schedules.winograd_points import POINTS, transform_matrices, transform_weights
+from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_cycles
+from tvm_nm.workload import ConvWorkload, Epilogue
+
+TARGETS = {"one thread": host_target(1), "two threads": host_target(2)}
+if "avx2" in host_flags():
+    TARGETS["avx2"] = haswell()
+EPILOGUES = [
+    Epilogue(residual, *bounds)
+    for residual in (False, True)
+    for bounds in ((None, None), (0.0, None), (0.0, 6.0), (None, 1.0), (-0.5, 0.5))
+]
+PROPERTY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+# Of the largest output; 256 channels of normal data give about 3e-6.
+TOLERANCE = 2e-5
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> ConvWorkload:
+    """3x3 convolutions of any size and padding."""
+    padding = draw(st.one_of(st.just((1, 1, 1, 1)), st.tuples(*[st.integers(0, 3)] * 4)))
+    size = st.one_of(st.integers(1, 20), st.sampled_from([14, 28, 33]))
+    return ConvWorkload(
+        draw(st.sampled_from([1, 1, 2, 3])),
+        draw(st.sampled_from([1, 3, 7, 8, 16, 20, 33])),
+        draw(st.sampled_from([1, 2, 7, 8, 16, 24, 33, 64, 70])),
+        max(draw(size), 3 - padding[0] - padding[2]),
+        max(draw(size), 3 - padding[1] - padding[3]),
+        (3, 3),
+        padding=padding,
+        epilogue=draw(st.sampled_from(EPILOGUES)),
+    )
+
+
+@st.composite
+def kernels(draw: st.DrawFn, target: str) -> WinogradKernel:
+    """Any variant, also those that would not be chosen."""
+    work = draw(workloads())
+    tile = draw(st.sampled_from(sorted(POINTS)))
+    rows, columns = -(-work.out_height // tile), -(-work.out_width // tile)
+    staged = draw(st.booleans())
+    chunk_rows = rows if staged else draw(st.integers(1, rows))
+    chunk_columns = columns if staged else draw(st.integers(1, columns))
+    vectors = draw(st.integers(1, 4))
+    return WinogradKernel(
+        work,
+        machine_of(TARGETS[target]).lanes,
+        tile,
+        chunk_rows,
+        chunk_columns,
+        vectors,
+        draw(st.integers(1, min(chunk_rows * chunk_columns, 28 // vectors))),
+        staged,
+    )
+
+
+def run(
+    kernel: WinogradKernel, target: tvm.target.Target, rng: np.random.Generator, draw: Any = integers
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the kernel's output and what it must be."""
+    work = kernel.workload
+    data = draw((work.batch, work.in_channels, work.height, work.width), rng)
+    weights = draw((work.out_channels, work.in_channels, 3, 3), rng)
+    bias = draw((work.out_channels,), rng)
+    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
+    residual = draw(out_shape, rng) if work.epilogue.residual else None
+    arguments = [data, pack_winograd(kernel, weights).values, bias]
+    if residual is not None:
+        arguments.append(residual)
+    out = call(build(winograd_prim_func(kernel), target), arguments, out_shape)
+    return out, conv(work, data, weights, bias, residual)
+
+
+def normal(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+def error(out: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(out - want).max() / max(np.abs(want).max(), 1e-3))
+
+
+def check(kernel: WinogradKernel, target: str, seed: int) -> None:
+    out, want = run(kernel, TARGETS[target], np.random.default_rng(seed))
+    if kernel.tile == 2:  # its points are 0 and 1: small integers stay exact
+        np.testing.assert_array_equal(out, want)
+    else:
+        # Where the bounds of an activation are tight, the largest output says nothing of the size of the sums.
+        scale = max(np.abs(want).max(), 3.0 * np.sqrt(9 * kernel.workload.in_channels))
+        assert np.abs(out - want).max() <= TOLERANCE * scale
+
+
+cases = st.sampled_from(sorted(TARGETS)).flatmap(lambda t: st.tuples(kernels(t), st.just(t), st.integers(0, 2**32 - 1)))
+
+
+@settings(max_examples=12, **PROPERTY)
+@given(cases)
+def test_random_variants(case: tuple[WinogradKernel, str, int]) -> None:
+    check(*case)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **PROPERTY)
+@given(cases)
+def test_many_random_variants(case: tuple[WinogradKernel, str, int]) -> None:
+    check(*case)
+
+
+@settings(max_examples=8, **PROPERTY)
+@given(workloads(), st.sampled_from(sorted(TARGETS)), st.integers(0, 2**32 - 1))
+def test_chosen_variants(work: ConvWorkload, target: str, seed: int) -> None:
+    kernel = choose_winograd(work, machine_of(TARGETS[target]))
+    assert kernel is not None
+    check(kernel, target, seed)
+
+
+@pytest.mark.parametrize("tile", sorted(POINTS))
+def test_error_on_normal_data(tile: int) -> None:
+    work = ConvWorkload(1, 256, 32, 16, 16, (3, 3), padding=(1, 1, 1, 1))
+    out, want = run(WinogradKernel(work, 16, tile, 4, 4, 2, 8, False), TARGETS["one thread"], *seeded(), draw=normal)
+    assert error(out, want) <= {2: 2e-6, 4: 6e-6}[tile]
+
+
+def seeded() -> tuple[np.random.Generator]:
+    return (np.random.default_rng(0),)
+
+
+@pytest.mark.parametrize("tile", sorted(POINTS))
+def test_transforms_are_a_convolution(tile: int) -> None:
+    output, weight, data = transform_matrices(tile)
+    rng = np.random.default_rng(0)
+    pixels, taps = rng.standard_normal((tile + 2, tile + 2)), rng.standard_normal((3, 3))
+    found = output @ ((weight @ taps @ weight.T) * (data @ pixels @ data.T)) @ output.T
+    want = [[(pixels[y : y + 3, x : x + 3] * taps).sum() for x in range(tile)] for y in range(tile)]
+    np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_are_transformed_in_double_precision() -> None:
+    weights = normal((5, 3, 3, 3), np.random.default_rng(1))
+    matrix = transform_matrices(4)[1]
+    want = matrix @ weights.astype(np.float64) @ matrix.T
+    np.testing.assert_array_equal(transform_weights(weights, 4), want.transpose(2, 3, 0, 1).astype(np.float32))
+
+
+def test_packed_weights() -> None:
+    work = ConvWorkload(1, 3, 20, 8, 8, (3, 3))
+    kernel = WinogradKernel(work, 8, 2, 3, 3, 2, 6, False)
+    weights = normal((20, 3, 3, 3), np.random.default_rng(1))
+    packed = pack_winograd(kernel, weights)
+    assert packed.values.shape == kernel.weight_shape == (2, 4, 4, 3, 2, 8)
+    assert packed.bytes == 2 * 16 * 3 * 16 * 4
+    # Output channel 19 is lane 3 of vector 0 of block 1; channels from 20 on are empty.
+    np.testing.assert_array_equal(packed.values[1, :, :, :, 0, 3], transform_weights(weights, 2)[:, :, 19])
+    assert not packed.values[1, :, :, :, 0, 4:].any()
+    assert not packed.values[1, :, :, :, 1].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kernel": (5, 5)}, {"kernel": (1, 3)}, {"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2}],
+)
+def test_other_convolutions_are_refused(change: dict[str, Any]) -> None:
+    work = replace(ConvWorkload(1, 8, 8, 16, 16, (3, 3)), **change)
+    assert not winograd_applies(work)
+    assert choose_winograd(work, machine_of(TARGETS["one thread"])) is None
+    with pytest.raises(ValueError, match="3x3"):
+        WinogradKernel(work, 16, 4, 1, 1, 1, 1, False)
+
+
+def test_a_staged_kernel_has_one_chunk() -> None:
+    with pytest.raises(ValueError, match="one chunk"):
+        WinogradKernel(ConvWorkload(1, 8, 8, 16, 16, (3, 3)), 16, 4, 1, 4, 1, 1, True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(workloads(), st.sampled_from(["one thread", "two threads"]))
+def test_choices_fit_the_machine(work: ConvWorkload, target: str) -> None:
+    machine = machine_of(TARGETS[target])
+    kernel = choose_winograd(work, machine)
+    assert kernel is not None
+    assert kernel.lanes == machine.lanes
+    # Sums, one vector of weights for each column of the register tile, and one input.
+    assert kernel.tiles_per_step * kernel.oc_vectors + kernel.oc_vectors <= machine.registers
+    assert 1 <= kernel.tiles_per_step <= kernel.chunk_tiles
+    assert 0 < winograd_cycles(kernel, machine) < float("inf")

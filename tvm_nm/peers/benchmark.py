@@ -106,7 +106,8 @@ def bench_models(models: Sequence[Path], settings: Settings) -> list[Contest]:
             files.append(model_file(model, variant, settings.folder))
         for threads in settings.threads:
             entries = [Entry(peer, file, threads) for file in files for peer in settings.peers]
-            _prepare(entries, settings)
+            with Crew(threads, settings.plugins) as crew:
+                _prepare(entries, crew, settings)
             peaks: list[float] = []
             if not settings.build_only:
                 parts = groups(entries, _MEMORY_SHARE * available_memory(), OURS)
@@ -142,8 +143,8 @@ def bench_layers(shapes: Sequence[LayerShape], settings: Settings) -> list[Conte
     folder.mkdir(parents=True, exist_ok=True)
     contests = []
     for threads in settings.threads:
-        listed = [(shape, _layer_entries(shape, threads, folder, settings)) for shape in shapes]
         with Crew(threads, settings.plugins, shared=True) as crew:
+            listed = [(shape, _layer_entries(shape, folder, crew, settings)) for shape in shapes]
             for shape, entries in listed:
                 peaks: list[float] = []
                 if not settings.build_only:
@@ -157,7 +158,7 @@ def bench_layers(shapes: Sequence[LayerShape], settings: Settings) -> list[Conte
     return contests
 
 
-def _layer_entries(shape: LayerShape, threads: int, folder: Path, settings: Settings) -> list[Entry]:
+def _layer_entries(shape: LayerShape, folder: Path, crew: Crew, settings: Settings) -> list[Entry]:
     source = write_layer(shape, folder)
     entries = []
     for variant in settings.variants:
@@ -165,7 +166,7 @@ def _layer_entries(shape: LayerShape, threads: int, folder: Path, settings: Sett
             continue
         settings.progress(f"preparing {shape.name} {variant.name}")
         try:
-            file: ModelFile = model_file(source, variant, folder, include=["*"])
+            file: ModelFile = model_file(source, variant, folder, include=["*"], in_process=True)
         except TvmNmError as error:
             if variant.name == DENSE:
                 raise
@@ -173,17 +174,17 @@ def _layer_entries(shape: LayerShape, threads: int, folder: Path, settings: Sett
             continue
         file = replace(file, model=shape.name)
         peers = [peer for peer in settings.peers if variant.name == DENSE or peer.name == OURS]
-        entries += [Entry(peer, file, threads) for peer in peers]
-    _prepare(entries, settings)
+        entries += [Entry(peer, file, crew.threads) for peer in peers]
+    _prepare(entries, crew, settings)
     for entry in entries:
         if entry.peer.name == OURS and not entry.note:
-            layer = Manifest.load(artefact(entry.file.job(entry.peer, threads))).layers[0]
+            layer = Manifest.load(artefact(entry.file.job(entry.peer, crew.threads))).layers[0]
             entry.kernel = f"{layer.kernel} ({layer.note})" if layer.note else layer.kernel
     return entries
 
 
-def _prepare(entries: Sequence[Entry], settings: Settings) -> None:
+def _prepare(entries: Sequence[Entry], crew: Crew, settings: Settings) -> None:
     for entry in entries:
         if entry.peer.prepare is not None:
             settings.progress(f"preparing {entry.file.model} {entry.name} for {entry.threads} threads")
-            prepare(entry, settings.plugins, again=settings.rebuild and entry.peer.name == OURS)
+            prepare(entry, crew, again=settings.rebuild and entry.peer.name == OURS)

@@ -46,19 +46,17 @@ class Crew:
         self._plugins = plugins
         self._shared = shared
         self._workers: dict[str, Worker] = {}
-        self._peak = Worker(threads)
-        try:
-            self._flops = float(self._peak.ask(do="load", key="", peer=FMA_PEAK, threads=threads)["flops"])
-        except PeerError:
-            self._peak.close()
-            raise
+        self._peak: Worker | None = None
+        self._flops = 0.0
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        for worker in (*self._workers.values(), self._peak):
+        for worker in self._workers.values():
             worker.close()
+        if self._peak is not None:
+            self._peak.close()
 
     def worker(self, peer: str, contestant: str) -> Worker:
         """Return the process of a runtime's contestant; a new one where there is none or it has died."""
@@ -85,6 +83,9 @@ class Crew:
 
     def peak_gflops(self, ms: float) -> float:
         """Measure the FMA peak now."""
+        if self._peak is None:
+            self._peak = Worker(self.threads)
+            self._flops = float(self._peak.ask(do="load", key="", peer=FMA_PEAK, threads=self.threads)["flops"])
         return self._flops / float(self._peak.ask(do="block", key="", ms=ms)["best_ms"]) / 1e6
 
 

@@ -158,15 +158,15 @@ def _bytes(entry: Entry) -> float:
     return 2.2 * entry.file.path.stat().st_size + 2e8
 
 
-def prepare(entry: Entry, plugins: tuple[Path, ...], *, again: bool = False) -> None:
-    """Convert or compile a contestant's model, unless it was done before; a failure becomes its note.
+def prepare(entry: Entry, crew: Crew, *, again: bool = False) -> None:
+    """Convert or compile a contestant's model in its process, unless it was done before; a failure becomes its note.
 
     Parameters
     ----------
     entry
         The contestant.
-    plugins
-        Files that register further runtimes.
+    crew
+        The processes.
     again
         Do it although it was done, for instance because the compiler has changed.
     """
@@ -180,12 +180,12 @@ def prepare(entry: Entry, plugins: tuple[Path, ...], *, again: bool = False) -> 
     done = json.loads(stamp.read_text()) if stamp.is_file() else {}
     if {key: done.get(key) for key in state} != state or again:
         note = ""
-        with Worker(entry.threads, plugins) as worker:
-            try:
-                described = job_to_dict(job, entry.file.inputs_file)
-                worker.ask(do="prepare", peer=entry.peer.name, job=described)
-            except PeerError as error:
-                note = str(error)
+        try:
+            described = job_to_dict(job, entry.file.inputs_file)
+            crew.worker(entry.peer.name, entry.name).ask(do="prepare", peer=entry.peer.name, job=described)
+        except PeerError as error:
+            note = str(error)
+        crew.dismiss(entry.peer.name, entry.name)
         done = {**state, "note": note}
         stamp.write_text(json.dumps(done, indent=1))
     entry.note = done["note"]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,9 @@ from tvm_nm.errors import PlanError, UnsupportedModelError
 from tvm_nm.linker import file_sha256
 from tvm_nm.patterns import Dense, parse_pattern
 from tvm_nm.peers.registry import Job, Peer
+from tvm_nm.pruning import PruneRequest, inspect_model, prune_file
 from tvm_nm.reference_run import TensorSpec, random_inputs, run_onnx
+from tvm_nm.report import sparsity_rows
 
 __all__ = ["DENSE", "ModelFile", "Variant", "model_file", "run_command", "variants"]
 
@@ -117,7 +120,9 @@ def variants(patterns: Sequence[str], densities: Sequence[float]) -> tuple[Varia
     return tuple(found.values())
 
 
-def model_file(source: Path, variant: Variant, folder: Path, include: Sequence[str] = ()) -> ModelFile:
+def model_file(
+    source: Path, variant: Variant, folder: Path, include: Sequence[str] = (), *, in_process: bool = False
+) -> ModelFile:
     """Prune a model, draw inputs, run onnxruntime; what is there from an earlier call is used again.
 
     Parameters
@@ -130,6 +135,8 @@ def model_file(source: Path, variant: Variant, folder: Path, include: Sequence[s
         Where it goes, with a folder for each model and variant.
     include
         Globs of layers to prune although they are spared by default.
+    in_process
+        Prune here: faster for small models. Else it is done in a process of its own, whose memory the system gets back.
 
     Raises
     ------
@@ -147,10 +154,8 @@ def model_file(source: Path, variant: Variant, folder: Path, include: Sequence[s
     pruned = path if is_dense else (own / f"{source.stem}.onnx").resolve()
     if facts.get("origin") != origin or facts.get("include") != list(include) or not pruned.is_file():
         if not is_dense:
-            options = ["--pattern", variant.pattern, "--density", f"{variant.density:g}"]
-            options += [word for glob in include for word in ("--include", glob)]
-            run_command("prune", str(path), "-o", str(pruned), *options)
-        layers = json.loads(run_command("inspect", str(pruned), "--json"))
+            _prune(path, pruned, variant, include, in_process=in_process)
+        layers = _layers(pruned, in_process=in_process)
         inputs, outputs = _signature(pruned)
         arrays = random_inputs(inputs)
         np.savez(own / "inputs.npz", **arrays)  # type: ignore[arg-type]
@@ -174,6 +179,22 @@ def model_file(source: Path, variant: Variant, folder: Path, include: Sequence[s
         facts["kept_macs"],
         facts["digest"],
     )
+
+
+def _prune(path: Path, pruned: Path, variant: Variant, include: Sequence[str], *, in_process: bool) -> None:
+    if in_process:
+        prune_file(path, pruned, PruneRequest.make(variant.pattern, variant.density, include))
+        return
+    options = ["--pattern", variant.pattern, "--density", f"{variant.density:g}"]
+    options += [word for glob in include for word in ("--include", glob)]
+    run_command("prune", str(path), "-o", str(pruned), *options)
+
+
+def _layers(path: Path, *, in_process: bool) -> list[dict[str, Any]]:
+    if in_process:
+        return sparsity_rows(inspect_model(path))
+    rows: list[dict[str, Any]] = json.loads(run_command("inspect", str(path), "--json"))
+    return rows
 
 
 def _with_fixed_batch(source: Path, folder: Path) -> Path:

@@ -140,12 +140,11 @@ def groups(entries: Sequence[Entry], memory: float, ours: str) -> list[list[Entr
         The name of this project's runtime.
     """
     core = [entry for entry in entries if entry.file.variant.name == DENSE or entry.peer.name == ours]
+    spread = [entry for entry in entries if entry.file.variant.name != DENSE and entry.peer.name != ours]
     found: list[list[Entry]] = [[*core]]
     left = memory - sum(map(_bytes, core))
     room = left
-    for entry in entries:
-        if entry in core:
-            continue
+    for entry in spread:
         if room < _bytes(entry) and len(found[-1]) > len(core):
             found.append([*core])
             room = left

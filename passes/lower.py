@@ -13,6 +13,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from tvm_nm.inventory import LAYERS_ATTR, LayerCall, layer_calls
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.layer_shape import LayerShape
 from tvm_nm.passes.dataflow import is_call, static_shape
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
 from tvm_nm.passes.select import Choice, choose_conv, choose_fc, conv_workload
@@ -182,6 +183,15 @@ def _pair(values: Any) -> tuple[int, int]:
 
 def _report(fused: FusedLayer, choice: Choice, function: str) -> LayerReport:
     layer, kernel = fused.found.layer, choice.kernel
+    shape = LayerShape(
+        layer.kind,
+        layer.weight_shape,
+        layer.input_shape,
+        layer.strides,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+    )
     if isinstance(kernel, FcKernel):
         workload = f"{kernel.in_features}->{kernel.out_features} fc" + (f" n{kernel.batch}" if kernel.batch > 1 else "")
     else:
@@ -199,4 +209,5 @@ def _report(fused: FusedLayer, choice: Choice, function: str) -> LayerReport:
         kept_macs=kernel.macs,
         packed_bytes=choice.packed.bytes,
         note=choice.note,
+        shape=shape.text,
     )

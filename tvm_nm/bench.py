@@ -10,7 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import tvm
 from numpy.typing import NDArray
 
 from tvm_nm.errors import ArtifactError, UnsupportedModelError
+from tvm_nm.fma_peak import FmaPeak
+from tvm_nm.layer_bench import LayerAlone, layers_alone
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel, use_threads
@@ -86,17 +88,30 @@ class LayerTime:
         Calls in one inference.
     time_us
         Median over the inferences measured.
+    peak_gflops
+        The FMA peak of the same run: median of readings between the inferences.
+    alone
+        The layer by itself, sparse and dense, if that was measured.
     """
 
     name: str
     layer: LayerReport | None
     calls: int
     time_us: float
+    peak_gflops: float = 0.0
+    alone: LayerAlone | None = None
 
     @property
     def gflops(self) -> float:
         """Multiplications and additions that the kernel executes, in 1e9 a second; 0 for what is no layer."""
         return 2e-3 * self.layer.kept_macs / self.time_us if self.layer and self.time_us else 0.0
+
+    @property
+    def share_of_peak(self) -> float:
+        """Operations with weights that are not zero, a second, over the FMA peak; 0 for what is no layer."""
+        if self.layer is None or not self.time_us or not self.peak_gflops:
+            return 0.0
+        return 2e-3 * self.layer.macs * self.layer.density / self.time_us / self.peak_gflops
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +154,9 @@ class BenchmarkResult:
             "threads": self.ours.threads,
             "timings": [timing.to_dict() for timing in self.timings],
             "speedup": self.speedup,
-            "layers": [{**asdict(layer), "gflops": layer.gflops} for layer in self.layers],
+            "layers": [
+                {**asdict(layer), "gflops": layer.gflops, "share_of_peak": layer.share_of_peak} for layer in self.layers
+            ],
         }
 
 
@@ -150,6 +167,7 @@ def benchmark(
     threads: int | None = None,
     rounds: int = 12,
     layers: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> BenchmarkResult:
     """Measure a model's latency from NumPy arrays to NumPy arrays, beside onnxruntime if wanted.
 
@@ -164,7 +182,9 @@ def benchmark(
     rounds
         Blocks per contestant.
     layers
-        Also measure every layer of the built model.
+        Also measure every layer of the built model, and each distinct sparse layer alone beside its dense kernel.
+    progress
+        Called with the name of each step when it starts.
 
     Raises
     ------
@@ -180,11 +200,19 @@ def benchmark(
     contestants: dict[str, Callable[[], object]] = {"tvm_nm": lambda: model(inputs)}
     if against is not None:
         contestants["onnxruntime"] = onnxruntime_runner(against, inputs, model.threads)
+    progress("measuring latency")
     times = measure(contestants, rounds=rounds)
+    found: tuple[LayerTime, ...] = ()
+    if layers:
+        alone = layers_alone(model, progress=progress)
+        progress("measuring layers")
+        found = tuple(
+            replace(entry, alone=alone.get(entry.layer) if entry.layer else None) for entry in profile_layers(model)
+        )
     return BenchmarkResult(
         model=model.manifest.model,
         timings=tuple(Timing(name, model.threads, blocks) for name, blocks in times.items()),
-        layers=profile_layers(model) if layers else (),
+        layers=found,
     )
 
 
@@ -298,7 +326,9 @@ def profile_layers(model: CompiledModel, *, runs: int = 10) -> tuple[LayerTime, 
 
     machine.set_instrument(instrument)
     samples = []
+    peak, peaks = FmaPeak(model.threads), []
     for _ in range(runs + 1):
+        peaks.append(peak.gflops(2))
         calls.clear()
         machine["main"](*arguments)
         samples.append([elapsed for _, elapsed in calls])
@@ -313,7 +343,7 @@ def profile_layers(model: CompiledModel, *, runs: int = 10) -> tuple[LayerTime, 
             if not pending or pending[0].function != name:
                 raise ArtifactError(f"{model.directory}: the library calls {name} where its manifest has another layer")
             layer = pending.pop(0)
-            layers.append(LayerTime(layer.name, layer, 1, time_us))
+            layers.append(LayerTime(layer.name, layer, 1, time_us, statistics.median(peaks)))
         else:
             group = "other" if name.startswith("vm.builtin.") else name
             count, total = rest.get(group, (0, 0.0))

@@ -37,6 +37,8 @@ class LayerReport:
         Size of packed values and indices.
     note
         Why a layer with zeros stayed dense; empty otherwise.
+    shape
+        All of the layer's shape, as `tvm_nm.layer_shape.LayerShape` reads it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class LayerReport:
     kept_macs: int
     packed_bytes: int
     note: str = ""
+    shape: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

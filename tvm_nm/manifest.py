@@ -16,7 +16,7 @@ __all__ = ["MANIFEST", "MANIFEST_FORMAT", "MANIFEST_VERSION", "Manifest", "Verif
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "tvm_nm artefact"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 """Version of the artefact that this release reads and writes."""
 
 

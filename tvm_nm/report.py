@@ -32,13 +32,16 @@ __all__ = [
     "to_text",
 ]
 
-_WIDE = 250
+_WIDE = 400
 """Columns of a table: wide enough that no row is cut."""
 
 
-def report_text(manifest: Manifest) -> str:
-    """Return the content of the report file."""
-    return f"{summary(manifest)}\n\n{to_text(layer_table(manifest.layers))}"
+def report_text(manifest: Manifest, times: Sequence[LayerTime] = ()) -> str:
+    """Return the content of the report file, with the layers' times if they were measured."""
+    text = f"{summary(manifest)}\n\n{to_text(layer_table(manifest.layers))}"
+    if times:
+        text += f"\nMeasured, one inference:\n\n{to_text(layer_times_table(times))}"
+    return text
 
 
 def to_text(table: Table) -> str:
@@ -136,9 +139,11 @@ def sparsity_table(found: Sequence[LayerSparsity]) -> Table:
 
 
 def layer_times_table(times: Sequence[LayerTime]) -> Table:
-    """Show where the time of an inference goes."""
+    """Show where the time of an inference goes and, where it was measured, what the sparse kernels gain."""
     total = sum(time.time_us for time in times) or 1.0
-    table = _table("layer", "workload", "pattern", "density", "kernel", "calls", "us", "share", "GFLOP/s")
+    compared = any(time.alone for time in times)
+    columns = ["layer", "workload", "pattern", "density", "kernel", "calls", "us", "share", "GFLOP/s", "of peak"]
+    table = _table(*columns, *(["alone us", "dense us", "gain", "note"] if compared else ["note"]))
     for time in times:
         layer = time.layer
         table.add_row(
@@ -151,10 +156,33 @@ def layer_times_table(times: Sequence[LayerTime]) -> Table:
             f"{time.time_us:.1f}",
             f"{time.time_us / total:.1%}",
             f"{time.gflops:.0f}" if layer else "",
+            f"{time.share_of_peak:.0%}" if layer else "",
+            *(_alone_cells(time) if compared else ()),
+            _layer_note(time),
         )
     table.add_section()
-    table.add_row("sum", "", "", "", "", "", f"{total:.1f}", "", "")
+    table.add_row("sum", "", "", "", "", "", f"{total:.1f}")
     return table
+
+
+def _alone_cells(time: LayerTime) -> tuple[str, str, str]:
+    found = time.alone
+    if found is None:
+        return "", "", ""
+    return f"{found.time_us:.1f}", f"{found.dense_us:.1f}", f"{found.speedup:.2f}x"
+
+
+def _layer_note(time: LayerTime) -> str:
+    if time.layer is None:
+        return ""
+    if time.alone is None:
+        return time.layer.note
+    notes = [f"dense: {time.alone.dense_kernel}"]
+    if time.alone.kernel != time.layer.kernel:
+        notes.append(f"alone: {time.alone.kernel}")
+    if time.alone.speedup < 1:
+        notes.append("slower than dense: leave it out with --exclude")
+    return "; ".join(notes)
 
 
 def timing_table(timings: Sequence[Timing]) -> Table:
@@ -182,7 +210,7 @@ def _signature(specs: Sequence[TensorSpec]) -> str:
 
 
 _NUMBERS = frozenset({"density", "MACs", "kept", "bytes", "calls", "us", "share", "GFLOP/s"})
-_NUMBERS |= {"groups", "threads", "median ms", "min ms", "speed-up"}
+_NUMBERS |= {"of peak", "alone us", "dense us", "gain", "groups", "threads", "median ms", "min ms", "speed-up"}
 
 
 def _table(*columns: str) -> Table:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -213,11 +213,12 @@ class CompiledModel:
         threads: int | None = None,
         rounds: int = 12,
         layers: bool = False,
+        progress: Callable[[str], None] = lambda _: None,
     ) -> BenchmarkResult:
         """Measure the model's latency; see `tvm_nm.bench.benchmark`."""
         from tvm_nm.bench import benchmark
 
-        return benchmark(self, against, threads=threads, rounds=rounds, layers=layers)
+        return benchmark(self, against, threads=threads, rounds=rounds, layers=layers, progress=progress)
 
     def with_threads(self, threads: int) -> CompiledModel:
         """Return the model with another number of threads; both share the library, not the calls in flight."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 __all__ = ["ConvWorkload", "Epilogue"]
+
+_EPILOGUE = re.compile(r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,23 @@ class Epilogue:
         elif self.clip_min is not None or self.clip_max is not None:
             parts.append(f"clip({self.clip_min},{self.clip_max})")
         return "+".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Epilogue:
+        """Read the text form.
+
+        Raises
+        ------
+        ValueError
+            If it is none.
+        """
+        found = _EPILOGUE.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no epilogue")
+        if found["relu"]:
+            return cls(bool(found["add"]), 0.0)
+        low, high = (None if found[name] in (None, "None") else float(found[name]) for name in ("low", "high"))
+        return cls(bool(found["add"]), low, high)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tvm_nm.errors import EnvironmentMismatchError, UnsupportedModelError
+from tvm_nm.layer_shape import LayerShape
 from tvm_nm.peers import registry
 from tvm_nm.peers.benchmark import OURS, Settings, bench_layers, choose_peers
 from tvm_nm.peers.client import PeerError, Worker
-from tvm_nm.peers.layers import LayerShape
 from tvm_nm.peers.models import variants
 from tvm_nm.peers.table import best_peer, contest_rows
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from tvm_nm.peers.layers import LAYER_SETS, LayerShape, layers_of, write_layer
+from tvm_nm.layer_shape import LayerShape
+from tvm_nm.peers.layers import LAYER_SETS, layers_of, write_layer
 from tvm_nm.pruning import inspect_model
 from tvm_nm.report import sparsity_rows
 
@@ -22,6 +23,15 @@ def test_a_written_layer_is_the_layer(shape: LayerShape, tmp_path: Path) -> None
     onnx.checker.check_model(str(path), full_check=True)
     assert layers_of(sparsity_rows(inspect_model(path))) == (shape,)
     assert write_layer(shape, tmp_path) == path
+    (output,) = onnx.load(path).graph.output
+    assert tuple(axis.dim_value for axis in output.type.tensor_type.shape.dim) == shape.output_shape
+    assert LayerShape.parse(shape.text) == shape
+
+
+@pytest.mark.parametrize("text", ["", "conv", "pool-1x1x1x1-1x1x1x1-1x1-0x0x0x0-1x1-1", "conv-64x64-1x64-1x1-1-1x1-1"])
+def test_other_texts_are_no_shapes(text: str) -> None:
+    with pytest.raises(ValueError, match=r"no layer's shape|invalid literal"):
+        LayerShape.parse(text)
 
 
 def test_equal_layers_are_listed_once() -> None:
@@ -52,6 +62,6 @@ def test_the_sets_cover_what_kernels_are_weak_at() -> None:
         {32},
     ]
     assert all(shape.weight_shape[0] % 16 for shape in shapes["odd-channels"])
-    names = [shape.file_name for members in LAYER_SETS.values() for shape in members]
+    names = [shape.text for members in LAYER_SETS.values() for shape in members]
     assert len(set(names)) == len(names)
     assert not any(shape.is_prunable for shape in (*shapes["depthwise"], *shapes["first-convs"]))

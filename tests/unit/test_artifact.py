@@ -86,7 +86,7 @@ def test_macs_are_summed_over_layers() -> None:
     ("change", "says"),
     [
         ({"format": "plan"}, "is not of an artefact"),
-        ({"version": 2}, "format version 2"),
+        ({"version": 99}, "format version 99"),
         ({"threads": "2"}, "'threads'"),
         ({"threads": True}, "'threads'"),
         ({"threads": None}, "'threads'"),

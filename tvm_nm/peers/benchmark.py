@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tvm_nm.errors import TvmNmError, UnsupportedModelError
+from tvm_nm.layer_shape import LayerShape
 from tvm_nm.manifest import Manifest
 from tvm_nm.peers.client import Crew
 from tvm_nm.peers.contest import BASELINE, Entry, available_memory, compete, groups, prepare
-from tvm_nm.peers.layers import LayerShape, layers_of, write_layer
+from tvm_nm.peers.layers import layers_of, write_layer
 from tvm_nm.peers.models import DENSE, ModelFile, Variant, model_file, run_command
 from tvm_nm.peers.registry import PEERS, Peer, load_plugin
 from tvm_nm.peers.runtimes import OURS, artefact

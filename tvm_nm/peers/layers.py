@@ -2,71 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-from tvm_nm.workload import ConvWorkload
+from tvm_nm.layer_shape import LayerShape, layer_model
+from tvm_nm.workload import Epilogue
 
-__all__ = ["LAYER_SETS", "LayerShape", "layers_of", "write_layer"]
-
-_MIN_PRUNED_CHANNELS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """A convolution or fully connected layer, without its weights.
-
-    Attributes
-    ----------
-    kind
-        `conv` or `fc`.
-    weight_shape
-        (OC, IC / groups, KH, KW).
-    input_shape
-        (N, C, H, W), or (N, K).
-    strides, padding, dilation, groups
-        As in `tvm_nm.inventory.Layer`.
-    """
-
-    kind: str
-    weight_shape: tuple[int, ...]
-    input_shape: tuple[int, ...]
-    strides: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] = (0, 0, 0, 0)
-    dilation: tuple[int, ...] = (1, 1)
-    groups: int = 1
-
-    @property
-    def name(self) -> str:
-        """The shape in words, as reports write it."""
-        out, inputs = self.weight_shape[:2]
-        if self.kind == "fc":
-            batch = self.input_shape[0]
-            return f"{inputs}->{out} fc" + (f" n{batch}" if batch > 1 else "")
-        batch, channels, height, width = self.input_shape
-        kernel, stride, dilation = ((pair[0], pair[1]) for pair in (self.weight_shape[2:], self.strides, self.dilation))
-        top, left, bottom, right = self.padding
-        padding = (top, left, bottom, right)
-        work = ConvWorkload(batch, channels, out, height, width, kernel, stride, padding, dilation, self.groups)
-        return str(work)
-
-    @property
-    def file_name(self) -> str:
-        """Name of its model, which tells apart what `name` does not."""
-        parts = (self.kind, self.weight_shape, self.input_shape, self.strides, self.padding, self.dilation, self.groups)
-        return "-".join("x".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in parts)
-
-    @property
-    def is_prunable(self) -> bool:
-        """Whether a sparse kernel is worth looking at: not for depthwise and grouped layers, or for RGB images."""
-        return self.groups == 1 and self.weight_shape[1] >= _MIN_PRUNED_CHANNELS
+__all__ = ["LAYER_SETS", "layers_of", "write_layer"]
 
 
 def _conv(
@@ -148,35 +93,7 @@ def layers_of(rows: Iterable[dict[str, Any]]) -> tuple[LayerShape, ...]:
 
 def write_layer(shape: LayerShape, folder: Path) -> Path:
     """Write a model of this layer with random weights, a bias and, behind a convolution, a ReLU; unless it is there."""
-    path = folder / f"{shape.file_name}.onnx"
-    if path.is_file():
-        return path
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal(shape.weight_shape, dtype=np.float32)
-    weight *= np.float32(1 / math.sqrt(math.prod(shape.weight_shape[1:])))
-    bias = rng.standard_normal(shape.weight_shape[0], dtype=np.float32)
-    if shape.kind == "fc":
-        weight = weight.reshape(shape.weight_shape[:2])
-        nodes = [helper.make_node("Gemm", ["input", "weight", "bias"], ["output"], name="layer", transB=1)]
-    else:
-        attributes = {
-            "kernel_shape": list(shape.weight_shape[2:]),
-            "strides": list(shape.strides),
-            "pads": list(shape.padding),
-            "dilations": list(shape.dilation),
-            "group": shape.groups,
-        }
-        nodes = [
-            helper.make_node("Conv", ["input", "weight", "bias"], ["sums"], name="layer", **attributes),
-            helper.make_node("Relu", ["sums"], ["output"], name="relu"),
-        ]
-    graph = helper.make_graph(
-        nodes,
-        shape.name,
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, list(shape.input_shape))],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    path = folder / f"{shape.text}.onnx"
+    if not path.is_file():
+        onnx.save(layer_model(shape, Epilogue(clip_min=0.0 if shape.kind == "conv" else None)), path)
     return path

@@ -36,7 +36,7 @@ from tvm_nm.pruning import prune_by_plan
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel, release_memory
 
-__all__ = ["DEFAULT_DENSITIES", "DEFAULT_PATTERNS", "CandidateGrid", "build_plan", "measure_costs"]
+__all__ = ["DEFAULT_DENSITIES", "DEFAULT_PATTERNS", "TEMPLATE_REVISION", "CandidateGrid", "build_plan", "measure_costs"]
 
 DEFAULT_PATTERNS = ("1x4p", "1x16p")
 """Blocks by position: at the same density they lose less accuracy than whole kernels and cost the same."""
@@ -44,6 +44,7 @@ DEFAULT_DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.12
 _ANCHORS = (0.75, 0.5, 0.25, 0.125)
 
 TEMPLATE_REVISION = 1
+"""Revision of the kernel templates: times of another one are not comparable."""
 _MIN_ROUNDS = 7
 _BLOCK_US = 20_000.0
 

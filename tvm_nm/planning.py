@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from tvm_nm.constraints import LayerRule, parse_budget, speedup_budget
 from tvm_nm.costs import CostTable
 from tvm_nm.errors import PlanError
-from tvm_nm.plan import LayerChoice, Plan, PlanOrigin
+from tvm_nm.plan import LayerChoice, Plan, PlanOrigin, near_names
 from tvm_nm.planner import FrontPoint, Planner, Solution
 
-__all__ = ["Goal", "UniformPoint", "make_plan", "parse_rules", "uniform_points"]
+__all__ = ["Goal", "UniformPoint", "make_plan", "matching_names", "parse_rules", "uniform_points"]
 
 STAYS_DENSE = "no sparse kernel is faster than dense, or worth its loss: the network stays dense"
 
@@ -180,6 +180,21 @@ def parse_rules(min_density: Sequence[str], max_density: Sequence[str], allow: S
         glob, value = _split(text)
         rules.append(LayerRule(glob, patterns=tuple(item.strip() for item in value.split(",") if item.strip())))
     return tuple(rules)
+
+
+def matching_names(names: Sequence[str], glob: str) -> tuple[str, ...]:
+    """Return the names that match a glob.
+
+    Raises
+    ------
+    PlanError
+        If none does.
+    """
+    rule = LayerRule(glob)
+    found = tuple(name for name in names if rule.matches(name))
+    if not found:
+        raise PlanError(f"no layer matches {glob!r}; {near_names(glob, names)}")
+    return found
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tvm_nm import __version__
-from tvm_nm.cli_options import emit_json as _emit
-from tvm_nm.cli_options import parse_shape_options as _shapes
-from tvm_nm.cli_plan import goal_options, has_goal, make_planned, plan_command
 from tvm_nm.console import Group, Steps
 from tvm_nm.environment import check_environment
+from tvm_nm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from tvm_nm.pruning import Images
 
 # The commands import what they need themselves, so that `tvm-nm --help` need not wait for TVM.
 
@@ -59,6 +59,33 @@ def _prune_options(command: _F) -> _F:
         ),
         click.option("--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default."),
         click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers alone; wins over --include."),
+        click.option(
+            "--method",
+            type=click.Choice(("magnitude", "ls", "obs")),
+            help="Drop the smallest weights; the smallest, refitting the rest; or by what it costs after refitting. "
+            "[default: obs with calibration data, else magnitude]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _calibration_options(command: _F) -> _F:
+    options = (
+        click.option(
+            "--calib",
+            type=click.Path(path_type=Path),
+            metavar="DATA",
+            help="Calibration images without labels, to refit the weights that are left: a folder, .npy or .npz file.",
+        ),
+        click.option("--calib-images", type=click.IntRange(min=1), metavar="N", help="Images to use. [default: 1024]"),
+        click.option(
+            "--preprocess",
+            metavar="TEXT",
+            help="From pixels to inputs: resize=256,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,scale=255,order=rgb, "
+            "which are the defaults.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -74,8 +101,7 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="[default: MODEL-tvm]")
 @_prune_options
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Prune as this plan says.")
-@goal_options
+@_calibration_options
 @_threads_option
 @click.option("--target", metavar="JSON", help='TVM target, such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\'.')
 @_shape_option
@@ -89,50 +115,41 @@ def compile_command(
     density: float | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    method: str | None,
+    calib: Path | None,
+    calib_images: int | None,
+    preprocess: str | None,
     threads: int | None,
     target: str | None,
     shapes: tuple[str, ...],
     json_file: str | None,
     no_verify: bool,
     no_winograd: bool,
-    plan_file: Path | None,
-    **planning: Any,
 ) -> None:
     """Prune and compile MODEL.onnx into the directory DIR, which then runs without the ONNX file.
-
-    With --budget, --speedup or --max-loss: plan first, as tvm-nm plan does, then build what was planned.
 
     Without MODEL: compile the network that comes with tvm-nm and show what sparsity does to its speed and accuracy.
     """
     if model is None:
-        if target or shapes or no_verify or no_winograd or plan_file or has_goal(planning):
-            raise click.UsageError("--target, --shape, --plan, --budget, --no-verify and --no-winograd need a MODEL")
-        _demo(pattern, density, include, exclude, threads, output, json_file)
+        if target or shapes or no_verify or no_winograd or calib or calib_images or preprocess:
+            raise click.UsageError("--target, --shape, --no-verify, --no-winograd and --calib need a MODEL")
+        _demo(pattern, density, include, exclude, method, threads, output, json_file)
         return
     from tvm_nm.compiler import compile as compile_model
     from tvm_nm.pruning import DEFAULT_PATTERN
     from tvm_nm.report import summary
 
-    if (pattern or density) and (plan_file or has_goal(planning)):
-        raise click.UsageError("--pattern and --density go with neither a plan nor a budget; use --patterns, --allow")
-    if no_winograd and has_goal(planning):
-        raise click.UsageError("--no-winograd goes with no budget: times are measured with Winograd kernels")
-    if plan_file is not None and has_goal(planning):
-        raise click.UsageError("--plan goes with no budget: it has been planned already")
     output = output or Path(f"{model.stem}-tvm")
-    planned = None
     with Steps() as steps:
-        if has_goal(planning):
-            common = {"include": include, "exclude": exclude, "threads": threads, "target": target}
-            planned = make_planned(model, {**planning, **common, "shapes": _shapes(shapes)}, steps)
         built = compile_model(
             model,
             output=output,
-            plan=plan_file if planned is None else planned.plan,
             pattern=pattern or DEFAULT_PATTERN,
             density=density,
             include=include,
             exclude=exclude,
+            method=method,
+            images=_images(calib, calib_images, preprocess),
             threads=threads,
             target=target,
             shapes=_shapes(shapes),
@@ -143,14 +160,7 @@ def compile_command(
     _emit(built.manifest.to_dict(), json_file)
     if json_file != "-":
         click.echo(summary(built.manifest))
-        if planned is not None:
-            from tvm_nm.plan_report import plan_summary
-
-            click.echo(f"\n{plan_summary(planned)}")
         click.echo(f"\nwritten to {output}; the layers are listed in {output / 'report.txt'}")
-
-
-cli.add_command(plan_command)
 
 
 @cli.command()
@@ -228,6 +238,7 @@ def inspect(path: Path, shapes: tuple[str, ...], as_json: bool) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
 @_prune_options
+@_calibration_options
 @_shape_option
 def prune(
     model: Path,
@@ -236,15 +247,23 @@ def prune(
     density: float | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    method: str | None,
+    calib: Path | None,
+    calib_images: int | None,
+    preprocess: str | None,
     shapes: tuple[str, ...],
 ) -> None:
-    """Zero weights of MODEL.onnx and write it as an ONNX model again, to fine-tune it or to run it elsewhere."""
+    """Zero weights of MODEL.onnx and write it as an ONNX model again, to fine-tune it or to run it elsewhere.
+
+    With --calib the weights that are left are refitted so that each layer's outputs stay near the dense network's.
+    """
     from tvm_nm.pruning import DEFAULT_PATTERN, PruneRequest, prune_file
 
-    request = PruneRequest.make(pattern or DEFAULT_PATTERN, density, include, exclude)
+    request = PruneRequest.make(pattern or DEFAULT_PATTERN, density, include, exclude, method)
     with Steps() as steps:
         steps("pruning")
-        masks = prune_file(model, output, request, _shapes(shapes))
+        images = _images(calib, calib_images, preprocess)
+        masks = prune_file(model, output, request, _shapes(shapes), images, steps)
     kept, total = sum(int(mask.sum()) for mask in masks.values()), sum(mask.size for mask in masks.values())
     click.echo(f"pruned {len(masks)} layers to {request.pattern}: {kept} of their {total} weights are left")
     click.echo(f"written to {output}")
@@ -261,11 +280,12 @@ def demo(
     density: float | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    method: str | None,
     threads: int | None,
     json_file: str | None,
 ) -> None:
     """Compile the network that comes with tvm-nm and show what sparsity does to its speed and accuracy."""
-    _demo(pattern, density, include, exclude, threads, output, json_file)
+    _demo(pattern, density, include, exclude, method, threads, output, json_file)
 
 
 def _demo(
@@ -273,6 +293,7 @@ def _demo(
     density: float | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    method: str | None,
     threads: int | None,
     output: Path | None,
     json_file: str | None,
@@ -283,7 +304,7 @@ def _demo(
 
     if pattern is None and density is None:
         density = DEMO_DENSITY
-    request = PruneRequest.make(pattern or DEMO_PATTERN, density, include, exclude)
+    request = PruneRequest.make(pattern or DEMO_PATTERN, density, include, exclude, method)
     with Steps() as steps:
         result = run_demo(request, threads=threads, output=output, progress=steps)
     _emit(result.to_dict(), json_file)
@@ -303,3 +324,38 @@ def _print(table: Table) -> None:
     from tvm_nm.report import to_text
 
     click.echo(to_text(table), nl=False)
+
+
+def _images(calib: Path | None, limit: int | None, preprocess: str | None) -> Images | None:
+    """Calibration data as the options say, opened when the input's shape is known."""
+    from tvm_nm.calibration import DEFAULT_IMAGES, CalibrationImages, Preprocessing, open_images
+
+    if calib is None:
+        if limit or preprocess:
+            raise click.UsageError("--calib-images and --preprocess need --calib")
+        return None
+    preprocessing = Preprocessing.parse(preprocess) if preprocess else None
+
+    def opened(shape: tuple[int, ...]) -> CalibrationImages:
+        return open_images(calib, shape, limit=limit or DEFAULT_IMAGES, preprocessing=preprocessing)
+
+    return opened
+
+
+def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    from tvm_nm.frontend import parse_shapes
+
+    try:
+        return parse_shapes(texts)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from error
+
+
+def _emit(data: dict[str, Any], json_file: str | None) -> None:
+    if json_file is None:
+        return
+    text = json.dumps(data, indent=2) + "\n"
+    if json_file == "-":
+        click.echo(text, nl=False)
+    else:
+        Path(json_file).write_text(text, encoding="utf-8")

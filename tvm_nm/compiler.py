@@ -20,25 +20,36 @@ import onnx
 import tvm
 
 from tvm_nm.artifact import LIBRARY, REPORT, check_output, staged_artifact
+from tvm_nm.calibration import CalibrationImages
 from tvm_nm.environment import check_environment, missing_features, package_versions
 from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import inventory, layer_calls
+from tvm_nm.layer_pruning import Method
 from tvm_nm.linker import export_library, file_sha256
 from tvm_nm.manifest import MANIFEST, Manifest, Verification
-from tvm_nm.masks import BoolArray
+from tvm_nm.masks import BoolArray, PackedMasks
 from tvm_nm.patterns import SparsityPattern
 from tvm_nm.pipeline import Built, build_executable
 from tvm_nm.plan import Plan
 from tvm_nm.plan_check import check_plan
 from tvm_nm.prune_onnx import prune_onnx
-from tvm_nm.pruning import DEFAULT_PATTERN, PruneRequest, prune_by_plan, prune_module
+from tvm_nm.pruning import (
+    DEFAULT_PATTERN,
+    Images,
+    PruneRequest,
+    chosen_method,
+    open_for,
+    prune_by_plan,
+    prune_module,
+    prune_proto,
+)
 from tvm_nm.reference_run import compare, random_inputs, run_onnx
 from tvm_nm.report import report_text
 from tvm_nm.runtime import CompiledModel, release_memory
 from tvm_nm.schedules.machine import host_target, target_from_json
 
-__all__ = ["TOLERANCE", "compile", "model_sha256", "processor", "resolve_target", "write_library"]
+__all__ = ["TOLERANCE", "compile", "model_sha256", "resolve_target", "write_library"]
 
 TOLERANCE = 1e-3
 """Largest difference from onnxruntime that a build may have, relative to the output's largest value.
@@ -58,6 +69,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     plan: Plan | str | os.PathLike[str] | None = None,
+    method: str | Method | None = None,
+    images: Images | None = None,
     threads: int | None = None,
     target: Mapping[str, Any] | str | tvm.target.Target | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
@@ -85,6 +98,12 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     plan
         What each layer is pruned to, or the file with it, instead of one pattern and density for all. Sparse kernels
         are used where it says so, whatever the model of the machine thinks of them.
+    method
+        How weights are dropped: ``magnitude``, ``ls`` or ``obs``; default: ``obs`` where there are `images`, else
+        ``magnitude``. See `tvm_nm.layer_pruning.Method`.
+    images
+        Calibration data (`tvm_nm.calibration.open_images`), or a function from the input's shape (C, H, W) to them. The
+        weights that are left are refitted on them.
     threads
         Number of threads to build for; default: the processors that this process may use.
     target
@@ -112,6 +131,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         If the model cannot be read or holds something that cannot be compiled.
     PlanError
         If pattern and density do not go together, a glob matches no layer, or the plan is for another model or target.
+    CalibrationError
+        If the calibration data do not fit the model, or are missing and the method needs them.
     ModelMismatchError
         If the outputs differ by more than `TOLERANCE`.
     ArtifactError
@@ -128,9 +149,9 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     start = time.perf_counter()
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
-    request = PruneRequest.make(pattern if plan is None else "dense", density, include, exclude)
+    request = PruneRequest.make(pattern if plan is None else "dense", density, include, exclude, method)
     chosen = resolve_target(target, threads)
-    if verify and (missing := missing_features(*processor(chosen))):
+    if verify and (missing := missing_features(*_processor(chosen))):
         raise EnvironmentMismatchError(
             f"the target needs {', '.join(missing)}, which this machine lacks, so the build cannot be verified; "
             "turn verification off (--no-verify)"
@@ -144,11 +165,18 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         imported = import_onnx(model, shapes=shapes, verify=False)
         digest = model_sha256(imported)
         step("pruning")
-        if plan is None:
-            module, masks = prune_module(imported.module, request)
-        else:
+        if plan is not None:
             check_plan(plan, inventory(imported.module), digest, chosen)
+        data = open_for(imported, images)
+        how = chosen_method(request.method, data)
+        if data is not None and how is not Method.MAGNITUDE:
+            wanted = plan if plan is not None else request.plan(imported.module)
+            imported = _prune_on(imported, wanted, data, how, step, scratch / "calibrated.onnx")
+            module, masks = imported.module, PackedMasks()  # the zeros are in the file already
+        elif plan is not None:
             module, masks = prune_by_plan(imported.module, plan)
+        else:
+            module, masks = prune_module(imported.module, request)
         imported = dataclasses.replace(imported, module=tvm.IRModule())  # its weights are not needed any more
         density = request.density if plan is None else _density(module)
         release_memory()
@@ -199,7 +227,7 @@ def write_library(
     -------
     The manifest: not verified, and of a dense model.
     """
-    architecture, features = processor(target)
+    architecture, features = _processor(target)
     library = directory / LIBRARY
     return Manifest(
         model=imported.name,
@@ -221,6 +249,22 @@ def write_library(
         verification=None,
         build_seconds=0.0,
     )
+
+
+def _prune_on(
+    imported: ImportedModel,
+    plan: Plan,
+    images: CalibrationImages,
+    method: Method,
+    step: Callable[[str], None],
+    path: Path,
+) -> ImportedModel:
+    """Prune a model on calibration data and import the result, which is written to `path`."""
+    pruned = imported.onnx
+    prune_proto(pruned, imported.module, plan, images, method, step)
+    onnx.save(pruned, path, save_as_external_data=True, location=f"{path.name}.weights")
+    del pruned
+    return dataclasses.replace(import_onnx(path, verify=False), name=imported.name)
 
 
 def resolve_target(
@@ -300,7 +344,7 @@ def _density(module: tvm.IRModule) -> float:
     return kept / max(1, sum(found.layer.parameters for found in calls))
 
 
-def processor(target: tvm.target.Target) -> tuple[str, tuple[str, ...]]:
+def _processor(target: tvm.target.Target) -> tuple[str, tuple[str, ...]]:
     """Return the architecture and the features that code for a target may use."""
     triple = str(target.attrs.get("mtriple", ""))
     found = tvm.get_global_func("target.llvm_get_cpu_features")(target)

@@ -29,6 +29,7 @@ class Steps:
         console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._last = ""
         if console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._progress = Progress(*columns, console=console, transient=True)
@@ -43,10 +44,13 @@ class Steps:
             self._progress.stop()
 
     def __call__(self, step: str) -> None:
-        """Start a step."""
+        """Start a step, or say in brackets behind its name how far it has come."""
         _Signals.raise_pending()
         if self._progress is None:
-            click.echo(f"{step} ...", err=True)
+            head = step.partition(" (")[0]  # how far a step has come, in brackets, is for terminals
+            if head != self._last:
+                click.echo(f"{head} ...", err=True)
+            self._last = head
             return
         if self._task is not None:
             self._progress.remove_task(self._task)

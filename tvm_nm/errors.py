@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArtifactError",
+    "CalibrationError",
     "EnvironmentMismatchError",
     "InfeasibleBudgetError",
     "ModelMismatchError",
@@ -73,3 +74,7 @@ class InfeasibleBudgetError(PlanError):
     def __init__(self, message: str, least_us: float | None = None) -> None:
         self.least_us = least_us
         super().__init__(message)
+
+
+class CalibrationError(TvmNmError):
+    """Calibration data that are missing, damaged, or do not fit the model."""

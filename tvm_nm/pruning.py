@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import onnx
 import tvm
 
+from tvm_nm.calibration import CalibrationImages
 from tvm_nm.detect import Detection, detect_pattern
-from tvm_nm.errors import ArtifactError, PlanError
-from tvm_nm.frontend import import_onnx
+from tvm_nm.errors import ArtifactError, CalibrationError, PlanError
+from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import Layer, inventory, layer_calls
+from tvm_nm.layer_pruning import Method
 from tvm_nm.masks import PackedMasks
+from tvm_nm.oneshot import prune_calibrated
 from tvm_nm.passes.prune import Prune
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 from tvm_nm.plan import Plan, uniform_plan
 from tvm_nm.prune_onnx import prune_onnx
+from tvm_nm.reconstruction import Options
 
 __all__ = [
     "DEFAULT_DENSITY",
     "DEFAULT_PATTERN",
+    "Images",
     "LayerSparsity",
     "PruneRequest",
+    "chosen_method",
     "inspect_model",
+    "open_for",
     "prune_by_plan",
     "prune_file",
     "prune_module",
+    "prune_proto",
 ]
 
+Images: TypeAlias = CalibrationImages | Callable[[tuple[int, ...]], CalibrationImages]
+"""Calibration data, or a function from the input's shape (C, H, W) to them."""
 DEFAULT_PATTERN = "1x16"
 DEFAULT_DENSITY = 0.5
 
@@ -49,12 +60,15 @@ class PruneRequest:
     include, exclude
         Globs of layers to prune although they are spared by default, and of layers to leave alone; see
         `tvm_nm.plan.uniform_plan`.
+    method
+        How weights are dropped; None takes OBS where there is calibration data, else MAGNITUDE.
     """
 
     pattern: SparsityPattern
     density: float
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    method: Method | None = None
 
     @classmethod
     def make(
@@ -63,21 +77,33 @@ class PruneRequest:
         density: float | None = None,
         include: Iterable[str] = (),
         exclude: Iterable[str] = (),
+        method: str | Method | None = None,
     ) -> PruneRequest:
-        """Read a request: the pattern may be a text, the density may be left to it.
+        """Read a request: pattern and method may be texts, the density may be left to the pattern.
 
         Raises
         ------
         PlanError
-            If the pattern's text form is unknown or the density does not go with it.
+            If the pattern's text form or the method is unknown or the density does not go with the pattern.
         """
         try:
             chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
             if density is None and chosen.fixed_density is None:
                 density = DEFAULT_DENSITY
-            return cls(chosen, chosen.check_density(density), tuple(include), tuple(exclude))
+            how = Method(method) if isinstance(method, str) else method
+            return cls(chosen, chosen.check_density(density), tuple(include), tuple(exclude), how)
         except ValueError as error:
             raise PlanError(str(error)) from error
+
+    def plan(self, module: tvm.IRModule) -> Plan:
+        """Return the plan for the layers of a canonical module.
+
+        Raises
+        ------
+        PlanError
+            If a glob matches no layer.
+        """
+        return uniform_plan(inventory(module), self.pattern, self.density, self.include, self.exclude)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +148,78 @@ def prune_by_plan(module: tvm.IRModule, plan: Plan) -> tuple[tvm.IRModule, Packe
     return module, PackedMasks((found.layer.name, found.weight_view != 0) for found in calls)
 
 
+def chosen_method(method: Method | None, images: CalibrationImages | None) -> Method:
+    """Return the method to use with these calibration data, or without any.
+
+    Raises
+    ------
+    CalibrationError
+        If the method needs data and there are none.
+    """
+    if method is None:
+        return Method.MAGNITUDE if images is None else Method.OBS
+    if images is None and method is not Method.MAGNITUDE:
+        raise CalibrationError(f"method {method.value} needs calibration data: give some (--calib)")
+    return method
+
+
+def open_for(imported: ImportedModel, images: Images | None) -> CalibrationImages | None:
+    """Open calibration data for a model's input."""
+    if images is None or isinstance(images, CalibrationImages):
+        return images
+    return images(imported.inputs[0].shape[1:])
+
+
+def prune_proto(
+    model: onnx.ModelProto,
+    module: tvm.IRModule,
+    plan: Plan,
+    images: CalibrationImages,
+    method: Method = Method.OBS,
+    progress: Callable[[str], None] | None = None,
+) -> PackedMasks:
+    """Prune an ONNX model on calibration data, in place.
+
+    Parameters
+    ----------
+    model
+        The model with its weights.
+    module
+        The same as a canonical module.
+    plan
+        What to prune.
+    images
+        Calibration data.
+    method
+        How, but not MAGNITUDE.
+    progress
+        As for `prune_file`.
+
+    Returns
+    -------
+    By the names of the pruned layers, which weights are left.
+
+    Raises
+    ------
+    CalibrationError
+        If the data do not fit the model.
+    """
+
+    def tell(name: str, number: int, count: int) -> None:
+        if progress is not None:
+            progress(f"pruning ({number + 1} of {count}: {name})")
+
+    done = prune_calibrated(model, module, plan, images, Options(method=method), tell)
+    return PackedMasks(done.masks.items())
+
+
 def prune_file(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     request: PruneRequest,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    images: Images | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> PackedMasks:
     """Prune an ONNX file; the result is the same model with zeros among its weights.
 
@@ -140,6 +233,10 @@ def prune_file(
         What to prune.
     shapes
         Shapes of inputs that have symbolic axes; they are needed to read the model and do not end up in the result.
+    images
+        Calibration data, or a function from the input's shape (C, H, W) to them.
+    progress
+        Called with the name of each step when it starts, and how far it has come in brackets.
 
     Returns
     -------
@@ -157,8 +254,16 @@ def prune_file(
     source, target = Path(model), Path(output)
     if target.exists() and source.exists() and target.samefile(source):
         raise ArtifactError(f"{target} is the model itself; choose another output")
-    _, masks = prune_module(import_onnx(source, shapes=shapes, verify=False).module, request)
-    pruned = prune_onnx(onnx.load(source), masks, in_place=True)
+    imported = import_onnx(source, shapes=shapes, verify=False)
+    data = open_for(imported, images)
+    method = chosen_method(request.method, data)
+    if method is Method.MAGNITUDE:
+        _, masks = prune_module(imported.module, request)
+        pruned = prune_onnx(onnx.load(source), masks, in_place=True)
+    else:
+        assert data is not None
+        pruned = onnx.load(source)
+        masks = prune_proto(pruned, imported.module, request.plan(imported.module), data, method, progress)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         onnx.save(pruned, scratch)

@@ -220,7 +220,7 @@ def test_an_interrupt_that_became_another_error_is_still_one(model: Path, monkey
 
 
 def test_the_demonstration_shows_speed_accuracy_and_where_the_time_goes(tmp_path: Path) -> None:
-    request = PruneRequest.make("1x16", 0.75)
+    request = PruneRequest.make("1x16", 0.75, method="magnitude")
     result = demo.run_demo(request, threads=1, output=tmp_path / "out", images=100, rounds=2)
     assert [timing.name for timing in result.timings] == ["onnxruntime, dense", "tvm_nm, dense", "tvm_nm, 1x16 at 0.75"]
     assert {timing.threads for timing in result.timings} == {1}

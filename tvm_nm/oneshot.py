@@ -1,0 +1,148 @@
+"""One-shot pruning of a model on calibration data: from a plan to an ONNX model with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import tvm
+from numpy.typing import NDArray
+
+from tvm_nm.calibration import CalibrationImages, batch_size
+from tvm_nm.errors import CalibrationError, UnsupportedModelError
+from tvm_nm.inventory import layer_calls
+from tvm_nm.masks import BoolArray
+from tvm_nm.onnx_network import OnnxNetwork
+from tvm_nm.onnx_weights import replace_weights
+from tvm_nm.patterns import Dense
+from tvm_nm.plan import Plan
+from tvm_nm.prune_onnx import prune_onnx
+from tvm_nm.reconstruction import LayerFit, Options, reconstruct
+
+__all__ = ["OneShot", "channel_importance", "images_per_run", "prune_calibrated"]
+
+
+@dataclass(frozen=True, slots=True)
+class OneShot:
+    """What `prune_calibrated` did.
+
+    Attributes
+    ----------
+    masks
+        By the names of the pruned layers, True where a weight is kept.
+    layers
+        What became of each layer that was refitted, in order.
+    uncalibrated
+        Names of layers that could only be pruned by magnitude.
+    """
+
+    masks: dict[str, BoolArray]
+    layers: tuple[LayerFit, ...]
+    uncalibrated: tuple[str, ...]
+
+
+def prune_calibrated(
+    model: onnx.ModelProto,
+    module: tvm.IRModule,
+    plan: Plan,
+    images: CalibrationImages,
+    options: Options | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> OneShot:
+    """Prune a model to a plan on calibration data; `model` is changed in place.
+
+    Layers whose inputs are too many for a Hessian, or that are written in a form that cannot be refitted (a scaled
+    Gemm), are pruned by magnitude.
+
+    Parameters
+    ----------
+    model
+        The ONNX model with its weights loaded.
+    module
+        The same model as a canonical module: it tells how batch norms scale each output channel.
+    plan
+        What to prune.
+    images
+        Calibration data.
+    options
+        How; the method is not to be MAGNITUDE.
+    progress
+        As for `tvm_nm.reconstruction.reconstruct`.
+
+    Raises
+    ------
+    CalibrationError
+        If the model cannot be run on the images.
+    UnsupportedModelError
+        If it has more than one input.
+    """
+    options = options or Options()
+    network = OnnxNetwork(model)
+    possible = {
+        layer.name for layer in network.layers.values() if int(np.prod(layer.weight_shape[1:])) <= options.max_columns
+    }
+    choices = [choice for choice in plan.layers if not isinstance(choice.pattern, Dense)]
+    calibrated = Plan(tuple(choice for choice in choices if choice.name in possible))
+    others = {choice.name: choice for choice in choices if choice.name not in possible}
+    masks = {}
+    for call in layer_calls(module):
+        if call.layer.name in others:
+            choice = others[call.layer.name]
+            masks[choice.name] = choice.pattern.mask(np.abs(call.weight), choice.density, call.layer.groups)
+    if masks:
+        prune_onnx(model, masks, in_place=True)
+    if not calibrated.layers:
+        return OneShot(masks, (), tuple(others))
+    size = images_per_run(network, images, options.threads)
+    found = reconstruct(
+        network,
+        calibrated,
+        images.batches(size),
+        options,
+        importance=channel_importance(network, module),
+        progress=progress,
+    )
+    replace_weights(model, found.weights)
+    return OneShot({**masks, **found.masks}, found.layers, tuple(others))
+
+
+def images_per_run(network: OnnxNetwork, images: CalibrationImages, threads: int | None = None) -> int:
+    """Images that the network can be run on together: 1 for one that was written for a single image.
+
+    Raises
+    ------
+    CalibrationError
+        If it cannot be run even on one.
+    """
+    pair = next(images.batches(2))
+    try:
+        single = network.run(pair[:1], threads)
+    except UnsupportedModelError as error:
+        raise CalibrationError(f"the model cannot be run on the calibration images: {error}") from error
+    if len(pair) < 2:
+        return 1
+    try:
+        both = network.run(pair, threads)
+    except UnsupportedModelError:
+        return 1
+    fits = both.shape == (2, *single.shape[1:]) and np.allclose(
+        both[:1], single, rtol=1e-3, atol=1e-3 * np.abs(single).max()
+    )
+    return batch_size(pair.shape[1:]) if fits else 1
+
+
+def channel_importance(network: OnnxNetwork, module: tvm.IRModule) -> Mapping[str, NDArray[np.float64]]:
+    """By layer name, the square of what scales each output channel behind the layer, such as a batch norm."""
+    found = {}
+    for call in layer_calls(module):
+        name = call.layer.name
+        if name not in network.layers or network.layers[name].weight_shape != call.layer.weight_shape:
+            continue
+        before, after = (
+            np.einsum("ok,ok->o", flat, flat, dtype=np.float64)
+            for flat in (array.reshape(len(array), -1) for array in (network.weights(name).weight, call.weight))
+        )
+        found[name] = np.where(before > 0, after / np.where(before > 0, before, 1.0), 0.0)
+    return found

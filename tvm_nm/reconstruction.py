@@ -1,0 +1,266 @@
+"""Prunes a network layer by layer on calibration data, each layer behind those that are pruned already."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tvm_nm.errors import PlanError
+from tvm_nm.layer_pruning import Fit, Method, fit_layer
+from tvm_nm.masks import BoolArray
+from tvm_nm.moments import Moments, MomentsAccumulator
+from tvm_nm.onnx_network import FloatArray, LayerNode, LayerWeights, OnnxNetwork
+from tvm_nm.patterns import Dense
+from tvm_nm.plan import LayerChoice, Plan, near_names
+from tvm_nm.refit import DAMPING
+from tvm_nm.tensor_store import StoredTensor, TensorStore
+
+__all__ = ["LayerFit", "Options", "Reconstruction", "Walk", "reconstruct"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a network is reconstructed.
+
+    Attributes
+    ----------
+    method
+        How weights are dropped.
+    damping
+        Share of the mean input variance that holds each weight to what it was trained to.
+    refit_dense
+        Whether layers that the plan leaves dense are refitted, too, to make up for those before them.
+    samples
+        Output positions of a convolution that are looked at, at most; or 16 a column, if that is more.
+    max_columns
+        Inputs of one output value, at most: of layers with more no Hessian is made.
+    memory
+        Bytes of activations to hold in memory; the rest goes to temporary files.
+    threads
+        Threads of onnxruntime; None for all.
+    """
+
+    method: Method = Method.OBS
+    damping: float = DAMPING
+    refit_dense: bool = True
+    samples: int = 1 << 17
+    max_columns: int = 8192
+    memory: int = 1 << 30
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFit:
+    """What was done to one layer.
+
+    Attributes
+    ----------
+    name
+        The layer.
+    choice
+        What it was pruned to; None where it was only refitted.
+    error
+        Squared error of its outputs as a share of their variance, on the calibration data.
+    seconds
+        What it took.
+    """
+
+    name: str
+    choice: LayerChoice | None
+    error: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """New parameters of a network.
+
+    Attributes
+    ----------
+    weights
+        By the names of all layers that changed.
+    masks
+        By the names of the pruned layers, True where a weight is kept.
+    layers
+        One entry for each layer that changed, in order.
+    """
+
+    weights: dict[str, LayerWeights] = field(default_factory=dict)
+    masks: dict[str, BoolArray] = field(default_factory=dict)
+    layers: tuple[LayerFit, ...] = ()
+
+
+class Walk:
+    """The activations of one network at a cut that moves forward, for all batches of the calibration data.
+
+    Parameters
+    ----------
+    network
+        The network.
+    store
+        Where activations are kept.
+    threads
+        Threads of onnxruntime.
+    """
+
+    def __init__(self, network: OnnxNetwork, store: TensorStore, threads: int | None = None) -> None:
+        self.network = network
+        self.position = 0
+        self.batches: list[dict[str, StoredTensor]] = []
+        self._store, self._threads = store, threads
+
+    def start(self, batches: Iterator[NDArray[np.float32]]) -> None:
+        """Take in the images."""
+        self.batches = [{self.network.input: self._store.put(batch)} for batch in batches]
+
+    def fork(self) -> Walk:
+        """Return a walk at the same cut, which goes on with a network of its own."""
+        other = Walk(self.network, self._store, self._threads)
+        other.position, other.batches = self.position, [dict(batch) for batch in self.batches]
+        return other
+
+    def advance(self, position: int, weights: Mapping[str, LayerWeights] | None = None) -> None:
+        """Move on to the cut at `position`, with other weights in the layers on the way."""
+        if position == self.position:
+            return
+        outputs = self.network.frontier(position)
+        segment = self.network.segment(self.position, position, outputs, weights, self._threads)
+        for batch in self.batches:
+            values = segment({name: batch[name].get() for name in segment.inputs})
+            found = {name: batch[name] for name in segment.passed}
+            found.update({name: self._store.put(values[name]) for name in segment.outputs})
+            batch.clear()
+            batch.update(found)
+        self.position = position
+
+
+def reconstruct(
+    network: OnnxNetwork,
+    plan: Plan,
+    batches: Iterator[NDArray[np.float32]],
+    options: Options | None = None,
+    *,
+    importance: Mapping[str, NDArray[np.float64]] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Reconstruction:
+    """Prune a network to a plan and refit what is left, layer by layer.
+
+    Each layer is fitted to the outputs that it has in the dense network, from the inputs that it gets in the network
+    pruned so far. Where its output is added to another branch, the target makes up for that branch's error, too.
+
+    Parameters
+    ----------
+    network
+        The dense network.
+    plan
+        What to prune. Layers that it does not name may be refitted, see `Options.refit_dense`.
+    batches
+        Calibration images, float32 (N, C, H, W). They need no labels.
+    options
+        How.
+    importance
+        By layer name, the weight of each output channel's squared error in shared choices.
+    progress
+        Called with (layer name, number of the layer, number of layers) before each layer.
+
+    Raises
+    ------
+    PlanError
+        If the plan names a layer that the network does not have or that cannot be calibrated.
+    UnsupportedModelError
+        If onnxruntime cannot run the network on the images.
+    """
+    options = options or Options()
+    choices = {choice.name: choice for choice in plan.layers if not isinstance(choice.pattern, Dense)}
+    layers = _order(network, choices, options)
+    dense = Walk(network, TensorStore(options.memory), options.threads)
+    dense.start(batches)
+    pruned = dense
+    result = Reconstruction()
+    reports: list[LayerFit] = []
+    for number, layer in enumerate(layers):
+        choice = choices.get(layer.name)
+        if choice is None and pruned is dense:
+            continue  # nothing to make up for yet
+        if progress is not None:
+            progress(layer.name, number, len(layers))
+        started = time.perf_counter()
+        dense.advance(layer.position)
+        pruned.advance(layer.position, result.weights)
+        moments = _measure(layer, dense, pruned, options, number)
+        fit = _fit(network, layer, choice, moments, options, (importance or {}).get(layer.name))
+        result.weights[layer.name] = fit.weights
+        if choice is not None:
+            result.masks[layer.name] = fit.mask
+        if pruned is dense:
+            pruned = dense.fork()
+        reports.append(LayerFit(layer.name, choice, fit.error, time.perf_counter() - started))
+    return Reconstruction(result.weights, result.masks, tuple(reports))
+
+
+def _order(network: OnnxNetwork, choices: Mapping[str, LayerChoice], options: Options) -> list[LayerNode]:
+    for name in choices:
+        if name not in network.layers:
+            raise PlanError(
+                f"layer {name!r} cannot be calibrated: it is no Conv, Gemm or MatMul with a constant weight; "
+                f"{near_names(name, network.layers)}"
+            )
+    wanted = [
+        layer
+        for layer in network.layers.values()
+        if layer.name in choices
+        or (options.refit_dense and int(np.prod(layer.weight_shape[1:])) <= options.max_columns)
+    ]
+    return sorted(wanted, key=lambda layer: layer.position)
+
+
+def _fit(
+    network: OnnxNetwork,
+    layer: LayerNode,
+    choice: LayerChoice | None,
+    moments: Moments,
+    options: Options,
+    importance: NDArray[np.float64] | None,
+) -> Fit:
+    pattern, density = (choice.pattern, choice.density) if choice is not None else (Dense(), 1.0)
+    weight = network.weights(layer.name).weight
+    return fit_layer(moments, weight, pattern, density, options.method, damping=options.damping, importance=importance)
+
+
+def _measure(layer: LayerNode, dense: Walk, pruned: Walk, options: Options, seed: int) -> Moments:
+    """Moments of the pruned network's inputs and of the outputs wanted of them."""
+    network = dense.network
+    run = network.segment(layer.position, layer.position + 1, [layer.output], threads=options.threads)
+    other = _added(network, layer)
+    accumulator: MomentsAccumulator | None = None
+    for before, now in zip(dense.batches, pruned.batches, strict=True):
+        data = before[layer.data].get()
+        target = run({layer.data: data})[layer.output]
+        if pruned is not dense:
+            data = now[layer.data].get()
+            if other is not None and before[other] is not now[other]:
+                target = target + (before[other].get() - now[other].get())
+        if accumulator is None:
+            accumulator = MomentsAccumulator(layer, _share(layer, target, len(dense.batches), options), seed)
+        accumulator.add(data, target)
+    assert accumulator is not None
+    return accumulator.result()
+
+
+def _share(layer: LayerNode, target: FloatArray, batches: int, options: Options) -> float:
+    size = int(np.prod(layer.weight_shape[1:]))
+    positions = target.size // layer.weight_shape[0] * batches
+    return min(1.0, max(options.samples, 16 * size) / positions)
+
+
+def _added(network: OnnxNetwork, layer: LayerNode) -> str | None:
+    """Name the tensor that a layer's output is added to, if that is all that becomes of it and it is there before."""
+    readers = [node for node in network.nodes if layer.output in node.input]
+    if len(readers) != 1 or readers[0].op_type != "Add":
+        return None
+    others = [name for name in readers[0].input if name != layer.output]
+    return others[0] if len(others) == 1 and others[0] in network.frontier(layer.position) else None

@@ -19,7 +19,7 @@ from tvm import relax
 from tvm_nm.relax_numpy import as_constant, as_numpy, evaluate_constant_call, variables
 from tvm_nm.relax_numpy_ops import Array
 
-__all__ = ["TUPLE_ITEM", "Dataflow", "Rule", "constant_of", "is_call", "static_shape"]
+__all__ = ["TUPLE_ITEM", "Dataflow", "Rule", "constant_of", "is_call", "kernel_var", "static_shape", "substitute"]
 
 Rule: TypeAlias = Callable[["Dataflow", Any], Any]
 """``rule(flow, value)`` gives the expression that replaces the value, or None where it does not apply."""
@@ -48,6 +48,15 @@ def constant_of(expr: Any) -> Array | None:
     if isinstance(expr, tvm.ir.GenericConst) and str(expr.ty.dtype) == "float32":
         return as_numpy(expr)
     return None
+
+
+def kernel_var(name: str, function: Any) -> Any:
+    """Return a global variable for a PrimFunc, of the type that Relax checks its callers against."""
+    buffers = [(tuple(int(size) for size in buffer.shape), str(buffer.dtype)) for buffer in function.params]
+    var = tvm.ir.GlobalVar(name)
+    type_ = relax.FuncType([relax.TensorType(shape, dtype) for shape, dtype in buffers], relax.TupleType([]), False)
+    relax.expr._update_type(var, type_)
+    return var
 
 
 class Dataflow:
@@ -151,9 +160,9 @@ class Dataflow:
         for var, value in self._bindings:
             kind = relax.Var if var.same_as(result) else relax.DataflowVar
             renamed[var] = kind(_unique(var.name, names), value.ty)
-            bindings.append(relax.VarBinding(renamed[var], self._builder.normalize(_substitute(value, renamed))))
+            bindings.append(relax.VarBinding(renamed[var], self._builder.normalize(substitute(value, renamed))))
         blocks = [relax.DataflowBlock(bindings)] if bindings else []
-        body = self._builder.normalize(relax.SeqExpr(blocks, _substitute(result, renamed)))
+        body = self._builder.normalize(relax.SeqExpr(blocks, substitute(result, renamed)))
         return relax.Function(self._func.params, body, self._func.ret_ty, self._func.is_pure, self._func.attrs)
 
     def _bind(self, var: Any, value: Any) -> None:
@@ -162,7 +171,7 @@ class Dataflow:
 
     def _resolve(self, expr: Any) -> Any:
         """Put what earlier variables were rewritten to into an expression."""
-        new = _substitute(expr, self._alias)
+        new = substitute(expr, self._alias)
         return self._builder.normalize(new) if isinstance(new, relax.Call | relax.TupleGetItem | relax.Tuple) else new
 
     def _rewrite(self, value: Any) -> tuple[Any, bool]:
@@ -226,16 +235,16 @@ def _is_constant(expr: Any) -> bool:
     return isinstance(expr, tvm.ir.GenericConst | tvm.tirx.IntImm | tvm.tirx.FloatImm)
 
 
-def _substitute(expr: Any, mapping: Mapping[Any, Any]) -> Any:
+def substitute(expr: Any, mapping: Mapping[Any, Any]) -> Any:
     """Replace variables by what they are mapped to; the result is not type-checked."""
     if isinstance(expr, relax.Var):
         return mapping.get(expr, expr)
     if isinstance(expr, relax.Call):
-        return relax.Call(expr.op, [_substitute(a, mapping) for a in expr.args], expr.attrs, expr.ty_args)
+        return relax.Call(expr.op, [substitute(a, mapping) for a in expr.args], expr.attrs, expr.ty_args)
     if isinstance(expr, relax.Tuple):
-        return relax.Tuple([_substitute(f, mapping) for f in expr.fields])
+        return relax.Tuple([substitute(f, mapping) for f in expr.fields])
     if isinstance(expr, relax.TupleGetItem):
-        source = _substitute(expr.tuple_value, mapping)
+        source = substitute(expr.tuple_value, mapping)
         return source.fields[expr.index] if isinstance(source, relax.Tuple) else relax.TupleGetItem(source, expr.index)
     return expr
 

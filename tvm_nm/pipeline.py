@@ -10,8 +10,10 @@ from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.passes.concat import ConcatInPlace, MarkConcats
 from tvm_nm.passes.lower import Lower, layer_reports
 from tvm_nm.passes.power import QuarterPowers
+from tvm_nm.passes.reshapes import AbsorbReshapes
 from tvm_nm.schedules.apply import ApplyDefaultSchedules, pass_context
 
 __all__ = ["PIPELINE", "Built", "build_executable", "lowering_passes", "scheduling_passes", "tvm_nm_pipeline"]
@@ -27,6 +29,7 @@ def lowering_passes(
     return [
         QuarterPowers(),
         Lower(target, always_sparse=always_sparse, winograd=winograd),
+        MarkConcats(),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FuseOps(),
@@ -41,7 +44,11 @@ def scheduling_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
     """Return the passes that schedule the PrimFuncs and lower Relax to the virtual machine."""
     return [
         ApplyDefaultSchedules(target),
-        *cpu_generic.dataflow_lower_passes(target),
+        AbsorbReshapes(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        ConcatInPlace(),
         *cpu_generic.finalize_passes(target),
     ]
 

@@ -31,7 +31,8 @@ class AbsorbReshapes:
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Return the module with fewer reshapes."""
         main = mod["main"]
-        if len(main.body.blocks) != 1 or not all(isinstance(b, relax.VarBinding) for b in main.body.blocks[0].bindings):
+        blocks = main.body.blocks
+        if len(blocks) != 1 or not isinstance(blocks[0], relax.DataflowBlock):
             return mod
         absorbing = _Absorbing(main)
         shapes = absorbing.plan()

@@ -215,7 +215,7 @@ class _InPlace:
     def _allocation(self, expr: Any) -> Any:
         """Return the variable of the allocation that an expression is all of, or None."""
         while isinstance(expr, relax.Var):
-            value = self._value.get(expr)
+            value: Any = self._value.get(expr)
             if _is_allocation(value):
                 return expr
             expr = value.args[0] if is_call(value, "relax.reshape") else value
@@ -269,7 +269,8 @@ def _is_allocation(value: Any) -> bool:
 
 
 def _bytes(expr: Any) -> int:
-    return tvm.DataType(str(expr.ty.dtype)).itemsize
+    size: int = tvm.DataType(str(expr.ty.dtype)).itemsize
+    return size
 
 
 def _copy_function(site: _Site, parts: list[tuple[Any, int]]) -> Any:

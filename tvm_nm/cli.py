@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tvm_nm import __version__
+from tvm_nm.cli_options import emit_json as _emit
+from tvm_nm.cli_options import parse_shape_options as _shapes
+from tvm_nm.cli_plan import goal_options, has_goal, make_planned, plan_command
 from tvm_nm.console import Group, Steps
 from tvm_nm.environment import check_environment
-from tvm_nm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,6 +103,8 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="[default: MODEL-tvm]")
 @_prune_options
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Prune as this plan says.")
+@goal_options
 @_calibration_options
 @_threads_option
 @click.option("--target", metavar="JSON", help='TVM target, such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\'.')
@@ -125,25 +129,42 @@ def compile_command(
     json_file: str | None,
     no_verify: bool,
     no_winograd: bool,
+    plan_file: Path | None,
+    **planning: Any,
 ) -> None:
     """Prune and compile MODEL.onnx into the directory DIR, which then runs without the ONNX file.
+
+    With --budget, --speedup or --max-loss: plan first, as tvm-nm plan does, then build what was planned.
 
     Without MODEL: compile the network that comes with tvm-nm and show what sparsity does to its speed and accuracy.
     """
     if model is None:
         if target or shapes or no_verify or no_winograd or calib or calib_images or preprocess:
             raise click.UsageError("--target, --shape, --no-verify, --no-winograd and --calib need a MODEL")
+        if plan_file or has_goal(planning):
+            raise click.UsageError("--plan and --budget need a MODEL")
         _demo(pattern, density, include, exclude, method, threads, output, json_file)
         return
     from tvm_nm.compiler import compile as compile_model
     from tvm_nm.pruning import DEFAULT_PATTERN
     from tvm_nm.report import summary
 
+    if (pattern or density) and (plan_file or has_goal(planning)):
+        raise click.UsageError("--pattern and --density go with neither a plan nor a budget; use --patterns, --allow")
+    if no_winograd and has_goal(planning):
+        raise click.UsageError("--no-winograd goes with no budget: times are measured with Winograd kernels")
+    if plan_file is not None and has_goal(planning):
+        raise click.UsageError("--plan goes with no budget: it has been planned already")
     output = output or Path(f"{model.stem}-tvm")
+    planned = None
     with Steps() as steps:
+        if has_goal(planning):
+            common = {"include": include, "exclude": exclude, "threads": threads, "target": target}
+            planned = make_planned(model, {**planning, **common, "shapes": _shapes(shapes)}, steps)
         built = compile_model(
             model,
             output=output,
+            plan=plan_file if planned is None else planned.plan,
             pattern=pattern or DEFAULT_PATTERN,
             density=density,
             include=include,
@@ -160,7 +181,14 @@ def compile_command(
     _emit(built.manifest.to_dict(), json_file)
     if json_file != "-":
         click.echo(summary(built.manifest))
+        if planned is not None:
+            from tvm_nm.plan_report import plan_summary
+
+            click.echo(f"\n{plan_summary(planned)}")
         click.echo(f"\nwritten to {output}; the layers are listed in {output / 'report.txt'}")
+
+
+cli.add_command(plan_command)
 
 
 @cli.command()
@@ -340,22 +368,3 @@ def _images(calib: Path | None, limit: int | None, preprocess: str | None) -> Im
         return open_images(calib, shape, limit=limit or DEFAULT_IMAGES, preprocessing=preprocessing)
 
     return opened
-
-
-def _shapes(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    from tvm_nm.frontend import parse_shapes
-
-    try:
-        return parse_shapes(texts)
-    except ValueError as error:
-        raise UnsupportedModelError(str(error)) from error
-
-
-def _emit(data: dict[str, Any], json_file: str | None) -> None:
-    if json_file is None:
-        return
-    text = json.dumps(data, indent=2) + "\n"
-    if json_file == "-":
-        click.echo(text, nl=False)
-    else:
-        Path(json_file).write_text(text, encoding="utf-8")

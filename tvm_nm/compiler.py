@@ -49,7 +49,7 @@ from tvm_nm.report import report_text
 from tvm_nm.runtime import CompiledModel, release_memory
 from tvm_nm.schedules.machine import host_target, target_from_json
 
-__all__ = ["TOLERANCE", "compile", "model_sha256", "resolve_target", "write_library"]
+__all__ = ["TOLERANCE", "compile", "model_sha256", "processor", "resolve_target", "write_library"]
 
 TOLERANCE = 1e-3
 """Largest difference from onnxruntime that a build may have, relative to the output's largest value.
@@ -151,7 +151,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         plan = Plan.load(plan)
     request = PruneRequest.make(pattern if plan is None else "dense", density, include, exclude, method)
     chosen = resolve_target(target, threads)
-    if verify and (missing := missing_features(*_processor(chosen))):
+    if verify and (missing := missing_features(*processor(chosen))):
         raise EnvironmentMismatchError(
             f"the target needs {', '.join(missing)}, which this machine lacks, so the build cannot be verified; "
             "turn verification off (--no-verify)"
@@ -227,7 +227,7 @@ def write_library(
     -------
     The manifest: not verified, and of a dense model.
     """
-    architecture, features = _processor(target)
+    architecture, features = processor(target)
     library = directory / LIBRARY
     return Manifest(
         model=imported.name,
@@ -344,7 +344,7 @@ def _density(module: tvm.IRModule) -> float:
     return kept / max(1, sum(found.layer.parameters for found in calls))
 
 
-def _processor(target: tvm.target.Target) -> tuple[str, tuple[str, ...]]:
+def processor(target: tvm.target.Target) -> tuple[str, tuple[str, ...]]:
     """Return the architecture and the features that code for a target may use."""
     triple = str(target.attrs.get("mtriple", ""))
     found = tvm.get_global_func("target.llvm_get_cpu_features")(target)

@@ -1,0 +1,228 @@
+"""``tvm-nm plan`` and planning by ``tvm-nm compile``, as users see them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from models import Net, small_cnn
+
+from tvm_nm.cli import cli
+from tvm_nm.compiler import model_sha256, resolve_target
+from tvm_nm.cost_measure import TEMPLATE_REVISION
+from tvm_nm.costs import Candidate, CostTable, LayerCosts
+from tvm_nm.fingerprint import plain_target, structure_digest
+from tvm_nm.frontend import import_onnx
+from tvm_nm.importance import add_norms
+from tvm_nm.inventory import inventory, layer_weights
+from tvm_nm.manifest import Manifest
+from tvm_nm.patterns import Dense, OneByN, SparsityPattern
+from tvm_nm.plan import Plan, prunable_layers
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def fails(*arguments: str | Path) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert not result.stdout
+    return result.stderr.splitlines()[-1].removeprefix("error: ").removeprefix("Error: ")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small.onnx"
+    onnx.save(small_cnn(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def costs(model: Path) -> Path:
+    """A cost table with made-up times: 10 us and 100 us for all of the weights."""
+    imported = import_onnx(model, verify=False)
+    layers = inventory(imported.module)
+    prunable = prunable_layers(layers)
+
+    def candidate(pattern: SparsityPattern, density: float) -> Candidate:
+        return Candidate(pattern, density, 100 * density + 10, macs=round(1e4 * density), bytes=round(4e4 * density))
+
+    costs = []
+    for layer in layers:
+        sparse = [candidate(OneByN(4), density) for density in (0.75, 0.5, 0.25)] if layer.name in prunable else []
+        candidates = (candidate(Dense(), 1.0), *sparse)
+        costs.append(LayerCosts(layer.name, layer.kind, "", "", layer.macs, candidates))
+    target = resolve_target(None, 1)
+    table = CostTable(
+        model=imported.name,
+        model_sha256=model_sha256(imported),
+        structure=structure_digest(layers),
+        target=plain_target(json.loads(str(target))),
+        threads=1,
+        revision=TEMPLATE_REVISION,
+        fixed_us=60.0,
+        layers=tuple(costs),
+    )
+    path = model.parent / "costs.json"
+    add_norms(table, layer_weights(imported.module), {}).save(path)
+    return path
+
+
+def test_costs_are_measured_once_and_kept(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    common = ("plan", model, "--costs", path, "--plan-rounds", "0", "--threads", "1", "--max-loss")
+    result = run(*common, "0", "--patterns", "1x4", "--densities", "0.5", "--measure-seconds", "0")
+    assert result.exit_code == 0, result.output
+    assert "building 2 of 2: 1x4 at 0.5" in result.stderr
+    table = CostTable.load(path)
+    assert table.metrics == ("l1", "l2")
+    again = run(*common, "0.2")
+    assert again.exit_code == 0, again.output
+    assert "building" not in again.stderr
+    more = run(*common, "0.2", "--patterns", "1x4,2:4", "--measure-seconds", "0")
+    assert "building 2 of 2: 2:4" in more.stderr
+    labels = [candidate.label for candidate in CostTable.load(path).layers[1].candidates]
+    assert labels == ["dense", "1x4 at 0.5", "2:4"]
+
+
+def test_a_plan_from_costs(model: Path, costs: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("plan.json", "front.json")]
+    result = run(
+        *("plan", model, "--costs", costs, "--speedup", "1.25", "--plan-rounds", "0", "--threads", "1"),
+        *("-o", files[0], "--front", files[1], "--json", tmp_path / "result.json"),
+    )
+    assert result.exit_code == 0, result.output
+    plan = Plan.load(files[0])
+    assert plan.origin is not None
+    assert plan.origin.predicted_us <= 500 / 1.25
+    assert [choice.density for choice in plan.layers] != [1.0, 1.0]
+    assert "budget     0.400 ms (80.0%)" in result.stdout
+    assert f"written to {files[0]}" in result.stdout
+    front = json.loads(files[1].read_text())
+    assert front["points"][-1] == {"time_us": 500.0, "loss": 0.0}
+    assert {"time_us": plan.origin.predicted_us, "loss": plan.origin.loss} == front["chosen"]
+    assert [point["label"] for point in front["uniform"]] == ["1x4 at 0.75", "1x4 at 0.5", "1x4 at 0.25"]
+    data = json.loads((tmp_path / "result.json").read_text())
+    assert data["rounds"] == []
+    assert Plan.from_json(json.dumps(data["plan"])) == plan
+
+
+def test_the_loop_measures_and_says_so(model: Path, costs: Path) -> None:
+    arguments = ("--costs", costs, "--budget", "0.7", "--measure-seconds", "0", "--threads", "1", "--json", "-")
+    result = run("plan", model, *arguments, "--plan-rounds", "1")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert len(data["rounds"]) == 1
+    assert data["rounds"][data["taken"]]["measured_share"] > 0
+    assert data["plan"]["origin"]["measured_share"] == pytest.approx(
+        data["rounds"][data["taken"]]["measured_share"], abs=1e-4
+    )
+
+
+def test_compile_plans_by_itself(model: Path, costs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ("--costs", costs, "--speedup", "1.25", "--plan-rounds", "0", "--threads", "1")
+    result = run("compile", model, "-o", output, *arguments)
+    assert result.exit_code == 0, result.output
+    manifest = Manifest.load(output)
+    assert manifest.pattern == "plan"
+    assert "1x4" in {layer.pattern for layer in manifest.layers}
+    assert manifest.verification is not None
+    assert "predicted" in result.stdout
+    run("plan", model, *arguments, "-o", tmp_path / "plan.json")
+    assert run("compile", model, "-o", tmp_path / "again", "--plan", tmp_path / "plan.json", "--threads", "1")
+    again = Manifest.load(tmp_path / "again")
+    assert [(a.pattern, a.density) for a in again.layers] == [(a.pattern, a.density) for a in manifest.layers]
+
+
+def test_constraints(model: Path, costs: Path, tmp_path: Path) -> None:
+    common = ("plan", model, "--costs", costs, "--plan-rounds", "0", "--threads", "1", "-o", tmp_path / "p.json")
+    names = [layer.name for layer in CostTable.load(costs).layers]
+    assert run(*common, "--budget", "0.9", "--allow", f"{names[1]}=dense").exit_code == 0
+    assert [choice.density < 1 for choice in Plan.load(tmp_path / "p.json").layers] == [False, True]
+    assert run(*common, "--budget", "0.9", "--tie", "*", "--max-density", "0.75").exit_code == 0
+    assert max(choice.density for choice in Plan.load(tmp_path / "p.json").layers) == 0.75
+    said = fails(*common[:-2], "--budget", "0.6", "--min-density", "0.75")
+    assert "no plan meets the budget of 0.3 ms (60.0% of the dense time); the least achievable time is 0.45 ms" in said
+    assert "the least within the constraints is" in fails(*common[:-2], "--budget", "0.9", "--max-bytes", "10")
+
+
+def test_check(model: Path, costs: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    run("plan", model, "--costs", costs, "--budget", "0.8", "--plan-rounds", "0", "--threads", "1", "-o", plan)
+    result = run("plan", "--check", plan, model)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{plan} can be applied to {model}\n"
+    net = Net((1, 3, 8, 8))
+    onnx.save(net.model(net.conv("input", (8, 3, 3, 3))), tmp_path / "other.onnx")
+    assert "which the model does not have" in fails("plan", "--check", plan, tmp_path / "other.onnx")
+    assert "was made for 1 threads and 2 are asked for" in fails("plan", "--check", plan, model, "--threads", "2")
+    other = '{"kind": "llvm", "mcpu": "haswell"}'
+    assert "was made for the target" in fails("plan", "--check", plan, model, "--target", other)
+    assert "was made for the target" in fails("compile", model, "--plan", plan, "--target", other, "--threads", "1")
+
+
+def test_diff(model: Path, costs: Path, tmp_path: Path) -> None:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    for path, budget in ((a, "0.8"), (b, "0.7")):
+        run("plan", model, "--costs", costs, "--budget", budget, "--plan-rounds", "0", "--threads", "1", "-o", path)
+    same = run("plan", "--diff", a, a)
+    assert same.stdout == "the plans choose the same for every layer\n"
+    result = run("plan", "--diff", a, b)
+    assert result.exit_code == 0
+    assert "budget_us: 400.0 -> 350.0" in result.stdout
+    assert "1x4 at 0." in result.stdout
+    found = json.loads(run("plan", "--diff", a, b, "--json", "-").stdout)
+    assert found["layers"]
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png", "html"])
+def test_plot(model: Path, costs: Path, tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"front.{suffix}"
+    result = run(
+        *("plan", model, "--costs", costs, "--budget", "0.8", "--plan-rounds", "0", "--threads", "1", "--plot", path)
+    )
+    assert result.exit_code == 0, result.output
+    data = path.read_bytes()
+    if suffix == "png":
+        assert data.startswith(b"\x89PNG")
+    else:
+        text = data.decode()
+        assert "<svg" in text
+        assert text.startswith("<!DOCTYPE html>" if suffix == "html" else "<?xml")
+        for word in ("chosen", "one density for all", "dense", "best plans"):
+            assert word in text
+
+
+def test_plots_without_matplotlib_say_what_to_install(
+    model: Path, costs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_svg", None)
+    arguments = ("plan", model, "--costs", costs, "--budget", "0.8", "--plan-rounds", "0", "--threads", "1")
+    assert "pip install 'tvm-nm[plot]'" in fails(*arguments, "--plot", tmp_path / "a.svg")
+    assert "not as" in fails(*arguments, "--plot", tmp_path / "a.pdf")
+
+
+def test_wrong_use(model: Path, costs: Path, tmp_path: Path) -> None:
+    assert "exactly one of" in fails("plan", model, "--costs", costs)
+    assert "exactly one of" in fails("plan", model, "--costs", costs, "--budget", "1", "--speedup", "2")
+    assert "Missing argument 'MODEL'" in fails("plan", "--budget", "0.5")
+    assert "are not numbers" in fails("plan", model, "--budget", "0.5", "--densities", "a")
+    assert "need a MODEL" in fails("compile", "--budget", "0.5")
+    assert "--pattern and --density go with" in fails("compile", model, "--budget", "0.5", "--pattern", "1x4")
+    assert "planned already" in fails("compile", model, "--budget", "0.5", "--plan", costs)
+    assert "is not a plan" in fails("compile", model, "--plan", costs, "--threads", "1")
+    assert "was made for 1 threads" in fails("plan", model, "--costs", costs, "--budget", "0.5", "--threads", "2")
+    other = dataclasses.replace(CostTable.load(costs), revision=0)
+    other.save(tmp_path / "old.json")
+    arguments = ("--budget", "0.5", "--threads", "1")
+    assert "revision 0 of the kernels" in fails("plan", model, "--costs", tmp_path / "old.json", *arguments)

@@ -1,0 +1,283 @@
+"""Measures what every layer costs at every candidate, in the network itself.
+
+The whole network is built dense and once for each pattern at some densities, and the builds take turns: a layer is
+timed with the epilogue that it has and the caches as the network leaves them. Times at other densities are
+interpolated. A machine whose clock drifts slows all builds of a round alike, so each round is divided by how slow it
+was; what is averaged is the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+
+from tvm_nm.bench import profile_layers
+from tvm_nm.compiler import model_sha256, write_library
+from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource, interpolate_times
+from tvm_nm.errors import PlanError
+from tvm_nm.fingerprint import plain_target, structure_digest
+from tvm_nm.frontend import ImportedModel
+from tvm_nm.inventory import Layer, inventory
+from tvm_nm.manifest import MANIFEST
+from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
+from tvm_nm.pipeline import build_executable
+from tvm_nm.plan import LayerChoice, Plan, prunable_layers
+from tvm_nm.pruning import prune_by_plan
+from tvm_nm.reference_run import random_inputs
+from tvm_nm.runtime import CompiledModel, release_memory
+
+__all__ = ["DEFAULT_DENSITIES", "DEFAULT_PATTERNS", "TEMPLATE_REVISION", "CandidateGrid", "build_plan", "measure_costs"]
+
+DEFAULT_PATTERNS = ("1x4p", "1x16p")
+"""Blocks by position: at the same density they lose less accuracy than whole kernels and cost the same."""
+DEFAULT_DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
+_ANCHORS = (0.75, 0.5, 0.25, 0.125)
+
+TEMPLATE_REVISION = 1
+"""Revision of the kernel templates: times of another one are not comparable."""
+_MIN_ROUNDS = 7
+_BLOCK_US = 20_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateGrid:
+    """What layers may be pruned to.
+
+    Attributes
+    ----------
+    patterns
+        Sparsity patterns.
+    densities
+        Densities of the patterns that leave it open.
+    measured
+        Those of the densities that are measured; the others' times are interpolated.
+
+    Raises
+    ------
+    PlanError
+        If there is no pattern, or no density for one that needs it.
+    """
+
+    patterns: tuple[SparsityPattern, ...]
+    densities: tuple[float, ...] = DEFAULT_DENSITIES
+    measured: tuple[float, ...] = _ANCHORS
+
+    @classmethod
+    def make(
+        cls, patterns: Sequence[str] = DEFAULT_PATTERNS, densities: Sequence[float] = DEFAULT_DENSITIES
+    ) -> CandidateGrid:
+        """Read text forms; measured are the usual densities among the given, or else the ends and the middle.
+
+        Raises
+        ------
+        PlanError
+            If a pattern is unknown or a density out of range.
+        """
+        try:
+            parsed = tuple(dict.fromkeys(parse_pattern(text) for text in patterns))
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+        parsed = tuple(pattern for pattern in parsed if not isinstance(pattern, Dense))
+        chosen = tuple(sorted(set(densities), reverse=True))
+        if not parsed or any(not 0 < density < 1 for density in chosen):
+            raise PlanError("candidates need at least one sparsity pattern, and densities between 0 and 1")
+        if not chosen and any(pattern.fixed_density is None for pattern in parsed):
+            raise PlanError("candidates need at least one density")
+        measured = tuple(density for density in chosen if density in _ANCHORS)
+        if len(measured) < min(3, len(chosen)):
+            measured = tuple(dict.fromkeys((chosen[0], chosen[len(chosen) // 2], chosen[-1])))
+        return cls(parsed, chosen, measured)
+
+    def of(self, pattern: SparsityPattern, *, measured: bool = False) -> tuple[float, ...]:
+        """Return the densities of a pattern: all, or those that are measured."""
+        if pattern.fixed_density is not None:
+            return (pattern.fixed_density,)
+        return self.measured if measured else self.densities
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """A build of the network: everything dense, or every layer that can be pruned at one pattern and density."""
+
+    pattern: SparsityPattern
+    density: float
+    model: CompiledModel
+
+
+def measure_costs(
+    imported: ImportedModel,
+    target: tvm.target.Target,
+    grid: CandidateGrid | None = None,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    seconds: float = 20.0,
+    progress: Callable[[str], None] | None = None,
+) -> CostTable:
+    """Build and time a network's candidates.
+
+    Parameters
+    ----------
+    imported
+        The model.
+    target
+        The target with its number of threads; it must be this machine.
+    grid
+        Patterns and densities; default: `DEFAULT_PATTERNS` at `DEFAULT_DENSITIES`.
+    include, exclude
+        Globs of layers to prune although they are spared by default, and to leave alone; see
+        `tvm_nm.plan.uniform_plan`.
+    seconds
+        How long to measure, at least; a slow network takes more.
+    progress
+        Called with the name of each step when it starts.
+
+    Returns
+    -------
+    The table, without importance.
+
+    Raises
+    ------
+    PlanError
+        If a glob matches no layer, or nothing can be pruned.
+    """
+    grid = grid or CandidateGrid.make()
+    step = progress or (lambda _: None)
+    layers = inventory(imported.module)
+    names = prunable_layers(layers, include, exclude)
+    if not names:
+        raise PlanError("the model has no layer that can be pruned; name one with --include")
+    wanted: list[tuple[SparsityPattern, float]] = [(Dense(), 1.0)]
+    wanted += [(pattern, density) for pattern in grid.patterns for density in grid.of(pattern, measured=True)]
+    with TemporaryDirectory(prefix="tvm-nm-costs-") as folder:
+        builds = []
+        for number, (pattern, density) in enumerate(wanted):
+            label = str(pattern) if pattern.fixed_density is not None else f"{pattern} at {density:g}"
+            step(f"building {number + 1} of {len(wanted)}: {label}")
+            plan = Plan(tuple(LayerChoice(name, pattern, density) for name in names))
+            model = build_plan(imported, plan, target, Path(folder) / str(number))
+            builds.append(_Build(pattern, density, model))
+        step(f"measuring {len(builds)} builds in turns, {len(layers)} layers each")
+        times, fixed_us = _profile(builds, seconds)
+    found = _layer_costs(layers, set(names), builds, times, grid)
+    return CostTable(
+        model=imported.name,
+        model_sha256=model_sha256(imported),
+        structure=structure_digest(layers),
+        target=plain_target(json.loads(str(target))),
+        threads=int(target.attrs["num-cores"]),
+        revision=TEMPLATE_REVISION,
+        fixed_us=fixed_us,
+        layers=found,
+    )
+
+
+def build_plan(imported: ImportedModel, plan: Plan, target: tvm.target.Target, directory: Path) -> CompiledModel:
+    """Prune and build a model that is imported already, unverified, into a new directory, to be measured."""
+    directory.mkdir()
+    module, _ = prune_by_plan(imported.module, plan)
+    built = build_executable(module, target, always_sparse=True)
+    del module
+    manifest = write_library(imported, model_sha256(imported), built, target, directory)
+    del built
+    release_memory()
+    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return CompiledModel(directory, manifest)
+
+
+def _profile(builds: Sequence[_Build], seconds: float) -> tuple[NDArray[np.float64], float]:
+    """Return each layer's time in each build, (builds, layers), in us, and the time of everything else."""
+    inputs = random_inputs(builds[0].model.inputs)
+    for build in builds:
+        build.model(inputs)
+    begin = time.perf_counter()
+    builds[0].model(inputs)
+    runs = int(np.clip(round(_BLOCK_US / ((time.perf_counter() - begin) * 1e6)), 2, 20))
+    layer_rounds: list[list[list[float]]] = []
+    total_rounds: list[list[float]] = []
+    start = time.perf_counter()
+    while len(total_rounds) < _MIN_ROUNDS or time.perf_counter() - start < seconds:
+        layer_round, total_round = [], []
+        for build in builds:
+            parts = profile_layers(build.model, runs=runs)
+            layer_round.append([part.time_us for part in parts if part.layer is not None])
+            begin = time.perf_counter()
+            for _ in range(runs):
+                build.model(inputs)
+            total_round.append((time.perf_counter() - begin) / runs * 1e6)
+        layer_rounds.append(layer_round)
+        total_rounds.append(total_round)
+    samples, totals = np.array(layer_rounds), np.array(total_rounds)
+    # How slow a round was: the median, over the builds, of how much slower each was than it usually is.
+    usual = np.median(totals, axis=0)
+    drift = np.median(totals / usual, axis=1)
+    times = np.median(samples / drift[:, None, None], axis=0)
+    rest = np.median(totals / drift[:, None], axis=0) - times.sum(axis=1)
+    return times, statistics.median(rest.tolist())
+
+
+def _layer_costs(
+    layers: Sequence[Layer],
+    prunable: set[str],
+    builds: Sequence[_Build],
+    times: NDArray[np.float64],
+    grid: CandidateGrid,
+) -> tuple[LayerCosts, ...]:
+    reports = [build.model.layers for build in builds]
+    order = {report.name: index for index, report in enumerate(reports[0])}
+    costs = []
+    for layer in layers:
+        index = order[layer.name]
+        dense = reports[0][index]
+        everywhere = times[:, index]
+        # A layer that is never pruned has the same kernel in every build: one time out of all of them.
+        time_us = float(everywhere[0] if layer.name in prunable else np.median(everywhere))
+        candidates = [
+            Candidate(Dense(), 1.0, time_us, macs=dense.kept_macs, bytes=dense.packed_bytes, kernel=dense.kernel)
+        ]
+        if layer.name in prunable:
+            for pattern in grid.patterns:
+                measured = [
+                    Candidate(
+                        pattern,
+                        build.density,
+                        float(everywhere[number]),
+                        macs=reports[number][index].kept_macs,
+                        bytes=reports[number][index].packed_bytes,
+                        kernel=reports[number][index].kernel,
+                    )
+                    for number, build in enumerate(builds)
+                    if build.pattern == pattern
+                ]
+                candidates += _with_interpolated(measured, grid.of(pattern))
+        costs.append(LayerCosts(layer.name, layer.kind, dense.workload, dense.epilogue, layer.macs, tuple(candidates)))
+    return tuple(costs)
+
+
+def _with_interpolated(measured: Sequence[Candidate], densities: Sequence[float]) -> list[Candidate]:
+    known = {candidate.density: candidate for candidate in measured}
+    points = {what: [(c.density, float(getattr(c, what))) for c in measured] for what in ("time_us", "macs", "bytes")}
+    between = {what: interpolate_times(found, densities) for what, found in points.items()}
+    return [
+        known.get(density)
+        or dataclasses.replace(
+            measured[0],
+            density=density,
+            time_us=between["time_us"][number],
+            macs=round(between["macs"][number]),
+            bytes=round(between["bytes"][number]),
+            source=TimeSource.INTERPOLATED,
+            kernel="",
+        )
+        for number, density in enumerate(densities)
+    ]

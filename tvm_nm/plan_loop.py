@@ -1,0 +1,284 @@
+"""Closes the loop: builds a plan, measures it beside the dense network, corrects the table and plans again.
+
+Layers' times do not quite add up, and the ones that a planner picks are those whose times were measured too low. After
+building a plan, what its layers took in it replaces what the table said, and what then is still missing between the
+sum and the whole is put on the fixed time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tvm
+from numpy.typing import NDArray
+
+from tvm_nm.bench import profile_layers
+from tvm_nm.constraints import Constraints
+from tvm_nm.cost_measure import build_plan
+from tvm_nm.costs import CostTable
+from tvm_nm.frontend import ImportedModel
+from tvm_nm.plan import Plan
+from tvm_nm.planner import Planner, Solution
+from tvm_nm.planning import make_plan
+from tvm_nm.reference_run import random_inputs
+from tvm_nm.runtime import CompiledModel
+
+__all__ = ["MAX_ROUNDS", "TOLERANCE", "LoopResult", "LoopRound", "close_loop", "describe_rounds", "predicted_us"]
+
+MAX_ROUNDS = 3
+"""Plans that are built, at most."""
+TOLERANCE = 0.03
+"""How far the measured time may be from the budget."""
+
+_MIN_BLOCKS = 15
+_BLOCK_US = 30_000.0
+_RATIO_LIMITS = (0.7, 1.5)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopRound:
+    """One plan that was built.
+
+    Attributes
+    ----------
+    plan
+        The plan.
+    predicted, measured
+        Time of the planned network as a share of the dense one's: from the table, and measured in turns with it.
+    dense_ms
+        Measured time of the dense network.
+    """
+
+    plan: Plan
+    predicted: float
+    measured: float
+    dense_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoopResult:
+    """What came of it.
+
+    Attributes
+    ----------
+    rounds
+        The plans that were built, in order.
+    best
+        Index of the one that is taken: of those that meet the budget the one that loses least, or else the fastest.
+    table
+        The corrected table.
+    budget
+        The budget as a share of the dense time.
+    """
+
+    rounds: tuple[LoopRound, ...]
+    best: int
+    table: CostTable
+    budget: float
+
+    @property
+    def chosen(self) -> LoopRound:
+        """The round that is taken."""
+        return self.rounds[self.best]
+
+
+def close_loop(
+    imported: ImportedModel,
+    target: tvm.target.Target,
+    table: CostTable,
+    metric: str,
+    budget_us: float,
+    directory: Path,
+    *,
+    constraints: Constraints | None = None,
+    first: Plan | None = None,
+    rounds: int = MAX_ROUNDS,
+    seconds: float = 6.0,
+    progress: Callable[[str], None] | None = None,
+) -> LoopResult:
+    """Plan, build, measure and correct until the measured time meets the budget.
+
+    Parameters
+    ----------
+    imported, target
+        What is built; the target must be this machine.
+    table, metric, constraints
+        As for `tvm_nm.planner.Planner`.
+    budget_us
+        The budget, on the scale of the table.
+    directory
+        Where builds go; they are left there.
+    first
+        The plan to begin with, for instance one that was searched; default: the planner's.
+    rounds
+        Plans to build, at most.
+    seconds
+        How long to measure each.
+    progress
+        Called with the name of each step when it starts.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If no plan meets the budget in the table that it begins with.
+    """
+    step = progress or (lambda _: None)
+    step("building the dense network")
+    dense_us = table.dense_us  # what shares are shares of, however the table is corrected
+    dense = build_plan(imported, Plan(), target, directory / "dense")
+    done: list[LoopRound] = []
+    seen: set[tuple[object, ...]] = set()
+    for number in range(rounds):
+        if number == 0 and first is not None:
+            plan, predicted = first, predicted_us(table, first)
+        else:
+            solution = _solve(Planner(table, metric, constraints), budget_us)
+            plan, predicted = make_plan(table, solution, metric, budget_us, dense_us), solution.time_us
+        if plan.layers in seen:
+            break
+        seen.add(plan.layers)
+        step(f"building plan {number + 1}")
+        model = build_plan(imported, plan, target, directory / f"plan{number + 1}")
+        step(f"measuring plan {number + 1} in turns with the dense network")
+        measured = _measure(dense, model, seconds)
+        done.append(LoopRound(plan, predicted / dense_us, measured.share, measured.dense_us / 1e3))
+        table = _corrected(table, plan, measured, dense_us)
+        share = budget_us / dense_us
+        if abs(measured.share / share - 1) <= TOLERANCE or (measured.share < share and _loses_nothing(plan)):
+            break
+    share = budget_us / dense_us
+    meeting = [i for i, item in enumerate(done) if item.measured <= share * (1 + TOLERANCE)]
+    if meeting:
+        best = min(meeting, key=lambda i: _loss(done[i].plan))
+    else:
+        best = min(range(len(done)), key=lambda i: done[i].measured)
+    return LoopResult(tuple(_with_measured(item) for item in done), best, table, share)
+
+
+def predicted_us(table: CostTable, plan: Plan) -> float:
+    """Return the time that a table predicts for a plan; layers that the plan does not name are dense."""
+    total = table.fixed_us
+    choices = {choice.name: choice for choice in plan.layers}
+    for layer in table.layers:
+        choice = choices.get(layer.name)
+        found = layer.dense if choice is None else layer.find(choice.pattern, choice.density)
+        total += (found or layer.dense).time_us
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Times in turns: the whole of both networks, and the planned one's layers beside the dense one's."""
+
+    share: float
+    dense_us: float
+    dense_layers: dict[str, float]
+    layers: dict[str, float]
+
+
+def _solve(planner: Planner, budget_us: float) -> Solution:
+    """Plan for the budget, or for the least time where the corrected table says that it cannot be met any more."""
+    return planner.solve(max(budget_us, planner.least_us))
+
+
+def _measure(dense: CompiledModel, planned: CompiledModel, seconds: float) -> _Measured:
+    inputs = random_inputs(dense.inputs)
+    models = (dense, planned)
+    for model in models:
+        model(inputs)
+    begin = time.perf_counter()
+    dense(inputs)
+    calls = max(2, round(_BLOCK_US / ((time.perf_counter() - begin) * 1e6)))
+    totals: list[list[float]] = []
+    layers: list[list[list[float]]] = []
+    start = time.perf_counter()
+    for number in itertools.count():
+        if number >= _MIN_BLOCKS and time.perf_counter() - start >= seconds:
+            break
+        order = (0, 1) if number % 2 else (1, 0)
+        row, parts = [0.0, 0.0], [[0.0], [0.0]]
+        for index in order:
+            begin = time.perf_counter()
+            for _ in range(calls):
+                models[index](inputs)
+            row[index] = (time.perf_counter() - begin) / calls * 1e6
+        for index in order:
+            found = profile_layers(models[index], runs=2)
+            parts[index] = [part.time_us for part in found if part.layer is not None]
+        totals.append(row)
+        layers.append(parts)
+    whole = np.array(totals)
+    share = float(np.median(whole[:, 1] / whole[:, 0]))
+    names = [[layer.name for layer in model.layers] for model in models]
+    times = [_steady(np.array([row[i] for row in layers]), whole[:, 0]) for i in (0, 1)]
+    return _Measured(
+        share,
+        float(np.median(whole[:, 0])),
+        dict(zip(names[0], times[0], strict=True)),
+        dict(zip(names[1], times[1], strict=True)),
+    )
+
+
+def _steady(samples: NDArray[np.float64], pace: NDArray[np.float64]) -> list[float]:
+    """Medians over the rounds after taking out how slow each round was."""
+    drift = pace / np.median(pace)
+    found: list[float] = np.median(samples / drift[:, None], axis=0).tolist()
+    return found
+
+
+def _corrected(table: CostTable, plan: Plan, measured: _Measured, dense_us: float) -> CostTable:
+    scale = dense_us / measured.dense_us
+    choices = {choice.name: choice for choice in plan.layers}
+    layers = []
+    for layer in table.layers:
+        choice = choices.get(layer.name)
+        chosen = layer.find(choice.pattern, choice.density) if choice is not None else None
+        if chosen is None or chosen.is_dense or layer.name not in measured.layers or chosen.time_us <= 0:
+            layers.append(layer)
+            continue
+        ratio = float(np.clip(measured.layers[layer.name] * scale / chosen.time_us, *_RATIO_LIMITS))
+        # What this layer's sparse kernel takes more or less than in uniform builds, it does at other densities, too.
+        candidates = tuple(
+            dataclasses.replace(candidate, time_us=candidate.time_us * ratio)
+            if candidate.pattern == chosen.pattern
+            else candidate
+            for candidate in layer.candidates
+        )
+        layers.append(dataclasses.replace(layer, candidates=candidates))
+    table = dataclasses.replace(table, layers=tuple(layers))
+    missing = measured.share * dense_us - predicted_us(table, plan)
+    return dataclasses.replace(table, fixed_us=table.fixed_us + missing)
+
+
+def _loses_nothing(plan: Plan) -> bool:
+    return _loss(plan) == 0
+
+
+def _loss(plan: Plan) -> float:
+    return plan.origin.loss if plan.origin is not None else 0.0
+
+
+def _with_measured(item: LoopRound) -> LoopRound:
+    if item.plan.origin is None:
+        return item
+    origin = dataclasses.replace(item.plan.origin, measured_share=round(item.measured, 4))
+    return dataclasses.replace(item, plan=dataclasses.replace(item.plan, origin=origin))
+
+
+def describe_rounds(result: LoopResult) -> Sequence[str]:
+    """Return a line for each round, for people."""
+    lines = []
+    for number, item in enumerate(result.rounds):
+        mark = " <- taken" if number == result.best else ""
+        lines.append(
+            f"plan {number + 1}: predicted {item.predicted:.1%} of the dense time, measured {item.measured:.1%} "
+            f"({1 / item.measured:.2f}x), budget {result.budget:.1%}, off by {item.measured / result.budget - 1:+.1%}; "
+            f"prediction off by {item.predicted / item.measured - 1:+.1%}{mark}"
+        )
+    return lines

@@ -22,6 +22,7 @@ from tvm_nm.schedules.conv import ConvKernel, conv_prim_func
 from tvm_nm.schedules.fc import FcKernel, fc_prim_func
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
+from tvm_nm.schedules.tuned import TunedKernels
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_prim_func
 from tvm_nm.workload import ConvWorkload
 
@@ -56,12 +57,22 @@ class Lower:
         Use a sparse kernel wherever a pattern explains the zeros, even one that is predicted to lose.
     winograd
         Let dense 3x3 convolutions be computed by Winograd's algorithm where that is predicted to be faster.
+    tuned
+        Tuned kernel variants, such as a `tvm_nm.tuning.database.TuningDatabase` of the target; default: none.
     """
 
-    def __init__(self, target: tvm.target.Target, *, always_sparse: bool = False, winograd: bool = True) -> None:
+    def __init__(
+        self,
+        target: tvm.target.Target,
+        *,
+        always_sparse: bool = False,
+        winograd: bool = True,
+        tuned: TunedKernels | None = None,
+    ) -> None:
         self._target = target
         self._always_sparse = always_sparse
         self._winograd = winograd
+        self._tuned = tuned
 
     def transform_module(self, mod: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
         """Return the lowered module."""
@@ -69,8 +80,10 @@ class Lower:
         main = mod["main"]
         bindings = [binding for block in main.body.blocks for binding in block.bindings]
         layers = fuse_epilogues(calls, bindings, main.body.body)
-        choose = partial(choose_conv, always_sparse=self._always_sparse, winograd=self._winograd)
-        lowering = _Lowering(mod, layers, self._target, choose, partial(choose_fc, always_sparse=self._always_sparse))
+        sparse, tuned = self._always_sparse, self._tuned
+        choose = partial(choose_conv, always_sparse=sparse, winograd=self._winograd, tuned=tuned)
+        choose_dense = partial(choose_fc, always_sparse=sparse, tuned=tuned)
+        lowering = _Lowering(mod, layers, self._target, choose, choose_dense)
         lowered = lowering.run(mod)
         # An object, not a list: TVM cannot read an attribute of fewer than 8 characters back.
         reports = json.dumps({"layers": [report.to_dict() for report in lowering.reports]})
@@ -210,4 +223,5 @@ def _report(fused: FusedLayer, choice: Choice, function: str) -> LayerReport:
         packed_bytes=choice.packed.bytes,
         note=choice.note,
         shape=shape.text,
+        tuning=choice.tuning,
     )

@@ -9,17 +9,19 @@ import numpy.typing as npt
 
 from tvm_nm.detect import Detection, detect_pattern
 from tvm_nm.inventory import Layer
-from tvm_nm.patterns import Dense, Granularity, OneByN
+from tvm_nm.patterns import Dense, Granularity, OneByN, SparsityPattern
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, pack_fc
+from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row, pack_conv
 from tvm_nm.schedules.tiling import choose_kernel, predicted_cycles
+from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
 from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd
 from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_cycles
 from tvm_nm.workload import ConvWorkload, Epilogue
 
-__all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload"]
+__all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload", "index_kind", "sparse_conv"]
 
 Weights = npt.NDArray[np.float32]
 
@@ -47,6 +49,8 @@ class Choice:
         Share of the weights that are not zero.
     note
         Why zeros are not exploited; empty if they are, or if there are none.
+    tuning
+        Where the variant comes from: `default`, or a `tvm_nm.schedules.tuned.Origin`.
     """
 
     kernel: ConvKernel | FcKernel | WinogradKernel
@@ -54,6 +58,7 @@ class Choice:
     pattern: str
     density: float
     note: str
+    tuning: str = "default"
 
 
 def choose_conv(
@@ -64,6 +69,7 @@ def choose_conv(
     *,
     always_sparse: bool = False,
     winograd: bool = True,
+    tuned: TunedKernels | None = None,
 ) -> Choice:
     """Choose a convolution's kernel.
 
@@ -83,23 +89,70 @@ def choose_conv(
         Take the sparse kernel even where the dense one is predicted to be faster.
     winograd
         Whether Winograd kernels may be chosen.
+    tuned
+        Tuned variants, which replace the default ones; where it knows the times of both kernels, they decide.
     """
     work = conv_workload(layer, epilogue)
-    dense, dense_cycles = _dense_conv(work, machine, winograd=winograd)
+    dense = _dense_conv(work, machine, tuned, winograd=winograd)
     detection = detect_pattern(weights != 0, work.groups)
-    sparse = _sparse_conv(work, weights, detection, machine)
+    default = sparse_conv(work, weights, detection.pattern, machine)
     note = _why_dense(detection)
-    if sparse is not None:
-        ratio = predicted_cycles(sparse) / dense_cycles
-        if ratio < _CONV_WORTHWHILE or always_sparse:
-            return Choice(sparse, pack_conv(sparse, weights), str(detection.pattern), detection.density, "")
-        note = f"{detection.pattern} at density {detection.density:.2f}: predicted {ratio:.2f}x the dense kernel's time"
-    packed = pack_winograd(dense, weights) if isinstance(dense, WinogradKernel) else pack_conv(dense, weights)
-    return Choice(dense, packed, "dense", detection.density, note)
+    if default is not None:
+        task = KernelTask.of(default, machine.threads, work)
+        sparse = _Option(default, predicted_cycles(default), _best(tuned, task))
+        ratio, measured = sparse.compared_with(dense)
+        if ratio < (1 if measured else _CONV_WORTHWHILE) or always_sparse:
+            packed = _pack(sparse.kernel, weights)
+            return Choice(sparse.kernel, packed, str(detection.pattern), detection.density, "", sparse.tuning)
+        how = "tuned" if measured else "predicted"
+        note = f"{detection.pattern} at density {detection.density:.2f}: {how} {ratio:.2f}x the dense kernel's time"
+    return Choice(dense.kernel, _pack(dense.kernel, weights), "dense", detection.density, note, dense.tuning)
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A kernel that may be chosen: the default variant with the model's cycles, and the tuned one if there is any."""
+
+    default: ConvKernel | WinogradKernel
+    cycles: float
+    tuned: TunedKernel | None
+
+    @property
+    def kernel(self) -> ConvKernel | WinogradKernel:
+        tuned = None if self.tuned is None else self.tuned.kernel
+        return tuned if isinstance(tuned, (ConvKernel, WinogradKernel)) else self.default
+
+    @property
+    def tuning(self) -> str:
+        return "default" if self.tuned is None else self.tuned.origin
+
+    def compared_with(self, other: _Option) -> tuple[float, bool]:
+        """Return this kernel's time as a share of the other's, and whether the times are tuned ones.
+
+        Times that came with the package are another machine's: they compare with each other only.
+        """
+        mine, others = self.tuned, other.tuned
+        if mine is not None and others is not None and (mine.origin == "shipped") == (others.origin == "shipped"):
+            return mine.latency_us / others.latency_us, True
+        return self.cycles / other.cycles, False
+
+
+def _best(tuned: TunedKernels | None, task: KernelTask) -> TunedKernel | None:
+    return None if tuned is None else tuned.best(task)
+
+
+def _pack(kernel: ConvKernel | WinogradKernel, weights: Weights) -> PackedWeights:
+    return pack_winograd(kernel, weights) if isinstance(kernel, WinogradKernel) else pack_conv(kernel, weights)
 
 
 def choose_fc(
-    layer: Layer, weights: Weights, epilogue: Epilogue, machine: Machine, *, always_sparse: bool = False
+    layer: Layer,
+    weights: Weights,
+    epilogue: Epilogue,
+    machine: Machine,
+    *,
+    always_sparse: bool = False,
+    tuned: TunedKernels | None = None,
 ) -> Choice:
     """Choose a fully connected layer's kernel; as `choose_conv`, with weights (OUT, IN, 1, 1)."""
     batch, in_features = layer.input_shape[0], layer.input_shape[1]
@@ -124,6 +177,9 @@ def choose_fc(
     elif not note and not isinstance(detection.pattern, Dense):
         note = f"{detection.pattern}: the FC kernel skips whole blocks of outputs only, built dense"
     dense = choose_fc_kernel(batch, in_features, out_features, epilogue, machine)
+    found = _best(tuned, KernelTask.of(dense, machine.threads))
+    if found is not None and isinstance(found.kernel, FcKernel):
+        return Choice(found.kernel, pack_fc(found.kernel, matrix), "dense", detection.density, note, found.origin)
     return Choice(dense, pack_fc(dense, matrix), "dense", detection.density, note)
 
 
@@ -149,25 +205,37 @@ def _why_dense(detection: Detection) -> str:
     return "" if detection.density > _STRAY_ZEROS else detection.reason
 
 
-def _dense_conv(work: ConvWorkload, machine: Machine, *, winograd: bool) -> tuple[ConvKernel | WinogradKernel, float]:
-    """Return the best dense kernel and its predicted cycles.
+def _dense_conv(work: ConvWorkload, machine: Machine, tuned: TunedKernels | None, *, winograd: bool) -> _Option:
+    """Return the best dense kernel.
 
     Winograd's weights are 1.8 to 4 times as large and its rounding errors larger: a small gain is not worth them.
     """
-    direct = choose_kernel(work, machine)
-    cycles = predicted_cycles(direct)
+    task = KernelTask("conv", work, machine.threads)
+    default = choose_kernel(work, machine)
+    direct = _Option(default, predicted_cycles(default), _best(tuned, task))
     fast = choose_winograd(work, machine) if winograd else None
-    if fast is not None and (fast_cycles := winograd_cycles(fast, machine)) < _CONV_WORTHWHILE * cycles:
-        return fast, fast_cycles
-    return direct, cycles
+    if fast is not None:
+        transformed = _Option(fast, winograd_cycles(fast, machine), _best(tuned, task.as_winograd))
+        if transformed.compared_with(direct)[0] < _CONV_WORTHWHILE:
+            return transformed
+    return direct
 
 
-def _sparse_conv(work: ConvWorkload, weights: Weights, detection: Detection, machine: Machine) -> ConvKernel | None:
-    pattern = detection.pattern
+def index_kind(pattern: SparsityPattern, work: ConvWorkload) -> IndexKind:
+    """Return how a kernel for a pattern finds its inputs; there is no index for `Dense`."""
+    if isinstance(pattern, Dense):
+        return IndexKind.NONE
+    by_kernel = work.taps == 1 or (isinstance(pattern, OneByN) and pattern.granularity is Granularity.KERNEL)
+    return IndexKind.CHANNEL if by_kernel else IndexKind.POSITION
+
+
+def sparse_conv(
+    work: ConvWorkload, weights: Weights, pattern: SparsityPattern | None, machine: Machine
+) -> ConvKernel | None:
+    """Return the default sparse kernel for weights with a pattern; None where there is nothing to skip."""
     if pattern is None or isinstance(pattern, Dense):
         return None
-    by_kernel = work.taps == 1 or (isinstance(pattern, OneByN) and pattern.granularity is Granularity.KERNEL)
-    index = IndexKind.CHANNEL if by_kernel else IndexKind.POSITION
+    index = index_kind(pattern, work)
     block = min(pattern.block, work.out_channels_per_group)
     kept = int(kept_per_block_row(weights, work.groups, block, index).max(initial=0))
     return choose_kernel(work, machine, block=block, index=index, kept=max(kept, 1))

@@ -19,7 +19,7 @@ from tvm_nm.schedules.pool import POOL_RULE, schedule_pool
 from tvm_nm.schedules.winograd import WINOGRAD_RULE
 from tvm_nm.schedules.winograd_template import schedule_winograd
 
-__all__ = ["TEMPLATES", "ApplyDefaultSchedules", "pass_context", "schedule_function"]
+__all__ = ["TEMPLATES", "ApplyDefaultSchedules", "apply_template", "pass_context", "schedule_function"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,15 @@ def _template_block(sch: s_tir.Schedule) -> tuple[Any, str] | None:
         if "schedule_rule" in annotations and str(annotations["schedule_rule"]) in TEMPLATES:
             return block, str(annotations["schedule_rule"])
     return None
+
+
+def apply_template(sch: s_tir.Schedule) -> bool:
+    """Schedule a function by its template, with its default decisions; return whether it has one."""
+    found = _template_block(sch)
+    if found is not None:
+        block, rule = found
+        TEMPLATES[rule](sch, block)
+    return found is not None
 
 
 def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: str = "main") -> tvm.tirx.PrimFunc:

@@ -223,6 +223,8 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         # hides that from the region analysis.
         "tvm_nm_private_pad": int(work.groups > 1 and index is None),
         "tvm_nm_rows_per_chunk": geometry.rows_per_chunk,
+        # How far the index table's entries of neighbouring channels are apart, for who makes one up to measure with.
+        "tvm_nm_index_step": kernel.channel_stride if kernel.index is IndexKind.POSITION else 1,
         "tvm_nm_taps": 0 if kernel.index is IndexKind.POSITION else work.taps,
     }
     return te.compute(shape, product, name="sums", attrs=attrs)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 
-__all__ = ["PackedWeights", "kept_per_block_row", "pack_conv"]
+__all__ = ["PackedWeights", "kept_per_block_row", "pack_conv", "random_index_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,20 @@ def pack_conv(kernel: ConvKernel, weights: npt.NDArray[np.float32]) -> PackedWei
     if table.size and table.max() > np.iinfo(kernel.index_dtype).max:
         raise ValueError(f"offset {table.max()} does not fit {kernel.index_dtype}")
     return PackedWeights(_to_tiles(values, kernel), table.astype(kernel.index_dtype))
+
+
+def random_index_table(kernel: ConvKernel, rng: np.random.Generator) -> npt.NDArray[np.integer] | None:
+    """Return an index table as `pack_conv` makes it from weights of a random mask; None for a dense kernel."""
+    if kernel.index_shape is None:
+        return None
+    work = kernel.workload
+    channels = np.arange(work.in_channels_per_group)
+    entries = channels if kernel.index is IndexKind.CHANNEL else _offsets(kernel)
+    rows = [np.sort(rng.permutation(len(entries))[: kernel.kept]) for _ in range(work.groups * kernel.block_rows)]
+    table = entries[np.stack(rows)].reshape(kernel.index_shape)
+    step = len(channels) * (1 if kernel.index is IndexKind.CHANNEL else kernel.channel_stride)
+    table = table + (np.arange(work.groups) * step)[:, None, None]
+    return table.astype(kernel.index_dtype)
 
 
 def _offsets(kernel: ConvKernel) -> npt.NDArray[np.int64]:

@@ -19,7 +19,7 @@ from tvm_nm.schedules.geometry import PixelGeometry, candidate_geometries
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["choose_kernel", "predicted_cycles"]
+__all__ = ["choose_kernel", "index_dtype", "oc_tiles", "predicted_cycles", "reduction_blocks", "variant"]
 
 _L1_BYTES = 40 * 1024
 _L2_BYTES_PER_CYCLE = 28.0
@@ -167,16 +167,17 @@ def choose_kernel(
         kept = workload.in_channels_per_group * (workload.taps if index is IndexKind.POSITION else 1)
     geometries = candidate_geometries(workload, machine.lanes)
     variants = [
-        _variant(geometry, machine, block, oc_tile, index, kept, kept_per_block, scratch)
-        for oc_tile in _oc_tiles(workload, machine, block)
+        variant(geometry, machine, block, oc_tile, index, kept, kept_per_block, scratch)
+        for oc_tile in oc_tiles(workload, machine, block)
         for geometry in geometries
-        for kept_per_block in _reduction_blocks(kept, oc_tile)
+        for kept_per_block in reduction_blocks(kept, oc_tile)
         for scratch in _SCRATCH_BYTES
     ]
     return min(variants, key=predicted_cycles)
 
 
-def _oc_tiles(workload: ConvWorkload, machine: Machine, block: int | None) -> list[int]:
+def oc_tiles(workload: ConvWorkload, machine: Machine, block: int | None) -> list[int]:
+    """Return the channel tiles worth considering; `block` as in `choose_kernel`."""
     per_group = workload.out_channels_per_group
     if block is None:
         # A tile that does not divide the channels computes some for nothing and bounds-checks the epilogue.
@@ -187,14 +188,14 @@ def _oc_tiles(workload: ConvWorkload, machine: Machine, block: int | None) -> li
     return dividing or [block if block < 8 else 8]
 
 
-def _reduction_blocks(kept: int, oc_tile: int) -> list[int]:
-    """Return block lengths to try, 0 for none: blocking pays where few output channels share a load."""
+def reduction_blocks(kept: int, oc_tile: int) -> list[int]:
+    """Return reduction block lengths to try, 0 for none: blocking pays where few output channels share a load."""
     if oc_tile > _MAX_BLOCKED_OC_TILE:
         return [0]
     return [0, *(size for size in range(8, min(kept, 257)) if kept % size == 0)]
 
 
-def _variant(
+def variant(
     geometry: PixelGeometry,
     machine: Machine,
     block: int | None,
@@ -204,6 +205,21 @@ def _variant(
     kept_per_block: int,
     scratch: int,
 ) -> ConvKernel:
+    """Return the variant of a layout whose register tile and task are the best that the model knows.
+
+    Parameters
+    ----------
+    geometry
+        The pixel layout.
+    machine, block, index, kept
+        As in `choose_kernel`.
+    oc_tile
+        Output channels of the register tile.
+    kept_per_block
+        See `ConvKernel`.
+    scratch
+        Bytes that a task's sums may take.
+    """
     work = geometry.workload
     row_block = min(block or oc_tile, work.out_channels_per_group)
     length = kept_per_block or kept
@@ -220,14 +236,15 @@ def _variant(
         block=row_block,
         oc_tile=oc_tile,
         kept=kept,
-        index_dtype=_index_dtype(geometry, index),
+        index_dtype=index_dtype(geometry, index),
         vectors_per_tile=vectors,
         rows_per_task=_rows_per_task(geometry, machine, row_block, rows, scratch),
         kept_per_block=kept_per_block,
     )
 
 
-def _index_dtype(geometry: PixelGeometry, index: IndexKind) -> str:
+def index_dtype(geometry: PixelGeometry, index: IndexKind) -> str:
+    """Return the smallest type that holds the entries of an index table."""
     entries = geometry.workload.in_channels
     if index is IndexKind.POSITION and not geometry.reads_input_directly:
         entries *= geometry.channel_size

@@ -13,7 +13,7 @@ from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["choose_winograd", "winograd_cycles"]
+__all__ = ["choose_winograd", "winograd_candidates", "winograd_cycles"]
 
 _LOADS_PER_CYCLE = 1.6
 _FMA_LATENCY = 4.0
@@ -66,10 +66,11 @@ def choose_winograd(workload: ConvWorkload, machine: Machine) -> WinogradKernel 
     """Return the variant with the least predicted cycles, or None where the family does not apply."""
     if not winograd_applies(workload):
         return None
-    return min(_candidates(workload, machine), key=lambda kernel: winograd_cycles(kernel, machine))
+    return min(winograd_candidates(workload, machine), key=lambda kernel: winograd_cycles(kernel, machine))
 
 
-def _candidates(workload: ConvWorkload, machine: Machine) -> list[WinogradKernel]:
+def winograd_candidates(workload: ConvWorkload, machine: Machine) -> list[WinogradKernel]:
+    """Return the variants worth considering for a workload of the family."""
     found = []
     oc_vectors = -(-workload.out_channels // machine.lanes)
     for tile in (2, 4):

@@ -17,6 +17,7 @@ from tvm_nm.errors import (
     EnvironmentMismatchError,
     ModelMismatchError,
     PlanError,
+    TuningError,
     TvmNmError,
     UnsupportedModelError,
 )
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tvm_nm.bench import BenchmarkResult
     from tvm_nm.compiler import compile  # noqa: A004
     from tvm_nm.runtime import CompiledModel, load
+    from tvm_nm.tuning.tuner import TuningSummary, tune
 
 __all__ = [
     "ArtifactError",
@@ -33,11 +35,14 @@ __all__ = [
     "EnvironmentMismatchError",
     "ModelMismatchError",
     "PlanError",
+    "TuningError",
+    "TuningSummary",
     "TvmNmError",
     "UnsupportedModelError",
     "__version__",
     "compile",
     "load",
+    "tune",
 ]
 
 __version__ = "0.1.0"
@@ -50,7 +55,9 @@ _LAZY = {
     "BenchmarkResult": "tvm_nm.bench",
     "CompiledModel": "tvm_nm.runtime",
     "compile": "tvm_nm.compiler",
+    "TuningSummary": "tvm_nm.tuning.tuner",
     "load": "tvm_nm.runtime",
+    "tune": "tvm_nm.tuning.tuner",
 }
 
 

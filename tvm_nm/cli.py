@@ -15,6 +15,7 @@ from tvm_nm import __version__
 from tvm_nm.cli_options import emit_json as _emit
 from tvm_nm.cli_options import parse_shape_options as _shapes
 from tvm_nm.cli_plan import goal_options, has_goal, make_planned, plan_command
+from tvm_nm.cli_tune import tune_command
 from tvm_nm.console import Group, Steps
 from tvm_nm.environment import check_environment
 
@@ -96,6 +97,13 @@ def _calibration_options(command: _F) -> _F:
 
 _shape_option = click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
 _threads_option = click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
+_database_option = click.option(
+    "--db",
+    "database",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Tuning database whose records are applied.",
+)
 _json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON, with - to stdout.")
 
 
@@ -110,6 +118,8 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @click.option("--target", metavar="JSON", help='TVM target, such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\'.')
 @_shape_option
 @_json_option
+@_database_option
+@click.option("--untuned", is_flag=True, help="Do not use the tuned records that come with tvm-nm.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the outputs with onnxruntime's.")
 @click.option("--no-winograd", is_flag=True, help="Compute dense 3x3 convolutions directly: smaller, rounds less.")
 def compile_command(
@@ -127,6 +137,8 @@ def compile_command(
     target: str | None,
     shapes: tuple[str, ...],
     json_file: str | None,
+    database: Path | None,
+    untuned: bool,
     no_verify: bool,
     no_winograd: bool,
     plan_file: Path | None,
@@ -141,8 +153,8 @@ def compile_command(
     if model is None:
         if target or shapes or no_verify or no_winograd or calib or calib_images or preprocess:
             raise click.UsageError("--target, --shape, --no-verify, --no-winograd and --calib need a MODEL")
-        if plan_file or has_goal(planning):
-            raise click.UsageError("--plan and --budget need a MODEL")
+        if plan_file or has_goal(planning) or database or untuned:
+            raise click.UsageError("--plan, --budget, --db and --untuned need a MODEL")
         _demo(pattern, density, include, exclude, method, threads, output, json_file)
         return
     from tvm_nm.compiler import compile as compile_model
@@ -174,6 +186,8 @@ def compile_command(
             threads=threads,
             target=target,
             shapes=_shapes(shapes),
+            database=database,
+            shipped_records=not untuned,
             verify=not no_verify,
             winograd=not no_winograd,
             progress=steps,
@@ -189,6 +203,7 @@ def compile_command(
 
 
 cli.add_command(plan_command)
+cli.add_command(tune_command)
 
 
 @cli.command()

@@ -48,6 +48,7 @@ from tvm_nm.reference_run import compare, random_inputs, run_onnx
 from tvm_nm.report import report_text
 from tvm_nm.runtime import CompiledModel, release_memory
 from tvm_nm.schedules.machine import host_target, target_from_json
+from tvm_nm.tuning.tables import tuned_kernels
 
 __all__ = ["TOLERANCE", "compile", "model_sha256", "processor", "resolve_target", "write_library"]
 
@@ -74,6 +75,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     threads: int | None = None,
     target: Mapping[str, Any] | str | tvm.target.Target | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    database: str | os.PathLike[str] | None = None,
+    shipped_records: bool = True,
     verify: bool = True,
     winograd: bool = True,
     overwrite: bool = True,
@@ -110,6 +113,11 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         TVM target, as a dictionary, its JSON or a `tvm.target.Target`; default: this machine.
     shapes
         Shapes of inputs that have symbolic axes.
+    database
+        Directory of a tuning database (see `tvm_nm.tune`), whose records for the target are applied. Layers that it
+        does not know use the default variants; the manifest says which those are.
+    shipped_records
+        Apply the tuned records that come with the package to layers that the database does not know.
     verify
         Compare the library's outputs on a random input with those of onnxruntime running the pruned model.
     winograd
@@ -137,6 +145,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         If the outputs differ by more than `TOLERANCE`.
     ArtifactError
         If `output` holds something else or cannot be written; nothing is left behind.
+    TuningError
+        If `database` cannot be read.
     EnvironmentMismatchError
         If TVM has the wrong version, the target is unknown, or it is not this machine and `verify` is True.
 
@@ -151,6 +161,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         plan = Plan.load(plan)
     request = PruneRequest.make(pattern if plan is None else "dense", density, include, exclude, method)
     chosen = resolve_target(target, threads)
+    tuned = tuned_kernels(chosen, database, shipped=shipped_records)
     if verify and (missing := missing_features(*processor(chosen))):
         raise EnvironmentMismatchError(
             f"the target needs {', '.join(missing)}, which this machine lacks, so the build cannot be verified; "
@@ -181,7 +192,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         density = request.density if plan is None else _density(module)
         release_memory()
         step("compiling")
-        built = build_executable(module, chosen, always_sparse=plan is not None, winograd=winograd)
+        built = build_executable(module, chosen, always_sparse=plan is not None, winograd=winograd, tuned=tuned)
         del module
         release_memory()
         step("linking")

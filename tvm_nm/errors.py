@@ -13,6 +13,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "ModelMismatchError",
     "PlanError",
+    "TuningError",
     "TvmNmError",
     "UnsupportedModelError",
 ]
@@ -78,3 +79,7 @@ class InfeasibleBudgetError(PlanError):
 
 class CalibrationError(TvmNmError):
     """Calibration data that are missing, damaged, or do not fit the model."""
+
+
+class TuningError(TvmNmError):
+    """A tuning database that cannot be read or written, or a tuning run that cannot start."""

@@ -39,6 +39,9 @@ class LayerReport:
         Why a layer with zeros stayed dense; empty otherwise.
     shape
         All of the layer's shape, as `tvm_nm.layer_shape.LayerShape` reads it.
+    tuning
+        Where the kernel variant comes from: `measured` on this machine, `interpolated` from measurements, `shipped`
+        with the package, or `default` for a layer that was never tuned.
     """
 
     name: str
@@ -54,6 +57,7 @@ class LayerReport:
     packed_bytes: int
     note: str = ""
     shape: str = ""
+    tuning: str = "default"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

@@ -15,6 +15,7 @@ from tvm_nm.passes.lower import Lower, layer_reports
 from tvm_nm.passes.power import QuarterPowers
 from tvm_nm.passes.reshapes import AbsorbReshapes
 from tvm_nm.schedules.apply import ApplyDefaultSchedules, pass_context
+from tvm_nm.schedules.tuned import TunedKernels
 
 __all__ = ["PIPELINE", "Built", "build_executable", "lowering_passes", "scheduling_passes", "tvm_nm_pipeline"]
 
@@ -23,12 +24,19 @@ PIPELINE = "tvm_nm"
 
 
 def lowering_passes(
-    target: tvm.target.Target, *, always_sparse: bool = False, winograd: bool = True
+    target: tvm.target.Target,
+    *,
+    always_sparse: bool = False,
+    winograd: bool = True,
+    tuned: TunedKernels | None = None,
 ) -> list[tvm.transform.Pass]:
-    """Return the passes from a canonical (perhaps pruned) module to one of unscheduled PrimFuncs only."""
+    """Return the passes from a canonical (perhaps pruned) module to one of unscheduled PrimFuncs only.
+
+    The options are those of `Lower`.
+    """
     return [
         QuarterPowers(),
-        Lower(target, always_sparse=always_sparse, winograd=winograd),
+        Lower(target, always_sparse=always_sparse, winograd=winograd, tuned=tuned),
         MarkConcats(),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
@@ -91,7 +99,12 @@ class Built:
 
 
 def build_executable(
-    module: tvm.IRModule, target: tvm.target.Target, *, always_sparse: bool = False, winograd: bool = True
+    module: tvm.IRModule,
+    target: tvm.target.Target,
+    *,
+    always_sparse: bool = False,
+    winograd: bool = True,
+    tuned: TunedKernels | None = None,
 ) -> Built:
     """Lower, schedule and compile a canonical module.
 
@@ -101,13 +114,12 @@ def build_executable(
         What `import_onnx` returns, perhaps pruned; it is not changed.
     target
         An LLVM target whose `num-cores` is the number of threads.
-    always_sparse, winograd
+    always_sparse, winograd, tuned
         See `Lower`.
     """
+    lowering = lowering_passes(target, always_sparse=always_sparse, winograd=winograd, tuned=tuned)
     with target, pass_context():
-        lowered = tvm.transform.Sequential(lowering_passes(target, always_sparse=always_sparse, winograd=winograd))(
-            module
-        )
+        lowered = tvm.transform.Sequential(lowering)(module)
         reports = layer_reports(lowered)
         scheduled = tvm.transform.Sequential(scheduling_passes(target))(lowered)
         executable = tvm.compile(scheduled, target, relax_pipeline=_already_lowered())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ __all__ = [
     "to_text",
 ]
 
+_NAMED = 8
 _WIDE = 400
 """Columns of a table: wide enough that no row is cut."""
 
@@ -67,6 +69,7 @@ def summary(manifest: Manifest) -> str:
         f"target     {cpu}, {manifest.threads} thread{'s' if manifest.threads > 1 else ''}",
         f"pattern    {manifest.pattern} at density {manifest.density:g}",
         f"executed   {short_count(manifest.kept_macs)} of {short_count(manifest.macs)} MACs ({share:.1%})",
+        f"tuning     {_tuning(manifest.layers)}",
         f"library    {manifest.library_bytes / 1e6:.1f} MB (sha256 {manifest.library_sha256[:12]})",
         f"verified   {verified}",
         f"built      in {manifest.build_seconds:.1f} s by tvm-nm {manifest.versions.get('tvm-nm', '?')}, "
@@ -77,7 +80,9 @@ def summary(manifest: Manifest) -> str:
 
 def layer_table(layers: Sequence[LayerReport]) -> Table:
     """Show what became of each layer, and the totals."""
-    table = _table("layer", "workload", "epilogue", "pattern", "density", "kernel", "MACs", "kept", "bytes", "note")
+    table = _table(
+        "layer", "workload", "epilogue", "pattern", "density", "kernel", "tuning", "MACs", "kept", "bytes", "note"
+    )
     for layer in layers:
         table.add_row(
             layer.name,
@@ -86,6 +91,7 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
             layer.pattern,
             f"{layer.density:.3f}",
             layer.kernel,
+            layer.tuning,
             short_count(layer.macs),
             short_count(layer.kept_macs),
             short_count(layer.packed_bytes),
@@ -96,7 +102,7 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
     )
     table.add_section()
     totals = (f"{kept / max(1, macs):.3f}", "", *map(short_count, (macs, kept, packed)))
-    table.add_row(f"{len(layers)} layers", "", "", "", *totals)
+    table.add_row(f"{len(layers)} layers", "", "", "", totals[0], totals[1], "", *totals[2:])
     return table
 
 
@@ -203,6 +209,17 @@ def short_count(number: float) -> str:
         if number >= limit:
             return f"{number / limit:.3g}{unit}"
     return f"{number:.3g}"
+
+
+def _tuning(layers: Sequence[LayerReport]) -> str:
+    """Say where the layers' kernel variants come from, and name those that were never tuned."""
+    counts = Counter(layer.tuning for layer in layers)
+    untuned = [layer.name for layer in layers if layer.tuning == "default"]
+    parts = [f"{count} {origin}" for origin, count in counts.items() if origin != "default"]
+    if untuned:
+        named = ", ".join(untuned[:_NAMED]) + (", ..." if len(untuned) > _NAMED else "")
+        parts.append(f"{len(untuned)} untuned ({named})")
+    return ", ".join(parts) or "no layers"
 
 
 def _signature(specs: Sequence[TensorSpec]) -> str:

@@ -1,0 +1,208 @@
+"""What is tuned: one layer's computation, without the choice of a kernel variant. The key of the tuning database."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tvm_nm.schedules.conv import ConvKernel, IndexKind
+from tvm_nm.schedules.fc import FcKernel
+from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
+from tvm_nm.workload import ConvWorkload, Epilogue
+
+__all__ = ["TEMPLATE_REVISION", "KernelTask", "parse_task"]
+
+TEMPLATE_REVISION = 1
+"""Version of the kernels' code: records of another one are not used. Raise it when a change of a computation or a
+template makes other variants the fastest, or when a variant's text form changes its meaning."""
+
+_TASK = re.compile(
+    r"(?P<kind>conv|fc) (?:n(?P<n>\d+) )?(?P<ic>\d+)x(?P<h>\d+)x(?P<w>\d+)->(?P<oc>\d+) k(?P<kernel>\d+x\d+)"
+    r"(?: s(?P<stride>\d+x\d+))?(?: p(?P<padding>\d+(?:,\d+){3}))?(?: d(?P<dilation>\d+x\d+))?(?: g(?P<groups>\d+))?"
+    r" (?P<epilogue>bias\S*)"
+    r"; (?:dense|(?P<winograd>winograd)|1x(?P<block>\d+) (?P<index>channel|position) (?P<kept>\d+))"
+    r"; (?P<threads>\d+) threads?"
+)
+_EPILOGUE = re.compile(r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTask:
+    """A layer's computation as the tuner sees it.
+
+    Layers with equal tasks take equal time, whatever their weights: a task says how many inputs a block row keeps,
+    not which.
+
+    Attributes
+    ----------
+    kind
+        `conv` or `fc`.
+    workload
+        Shape and epilogue, as the model has them (kernels may reshape 1x1 convolutions); a fully connected layer
+        is a 1x1 convolution of a 1x1 map.
+    threads
+        Threads that the kernel runs with.
+    index
+        How inputs are found; `NONE` for dense kernels.
+    block
+        Output channels that share their kept inputs; 0 for dense kernels.
+    kept
+        Inputs that a block row keeps: channels (`CHANNEL`) or positions (`POSITION`); 0 for dense kernels.
+    winograd
+        Whether it is computed by Winograd's algorithm: a task of its own, since who builds may not want that.
+
+    Raises
+    ------
+    ValueError
+        If a dense task has a block, or a sparse one keeps nothing or more than there is, or Winograd's algorithm does
+        not apply.
+    """
+
+    kind: Literal["conv", "fc"]
+    workload: ConvWorkload
+    threads: int
+    index: IndexKind = IndexKind.NONE
+    block: int = 0
+    kept: int = 0
+    winograd: bool = False
+
+    def __post_init__(self) -> None:
+        if self.winograd and (self.index is not IndexKind.NONE or not winograd_applies(self.workload)):
+            raise ValueError(f"Winograd's algorithm does not apply to {self!r}")
+        if self.index is IndexKind.NONE:
+            if self.block or self.kept:
+                raise ValueError(f"a dense task has neither block nor kept, not {self.block} and {self.kept}")
+        elif self.block < 1 or not 1 <= self.kept <= self.inputs:
+            raise ValueError(f"a sparse task keeps 1 to {self.inputs} inputs of blocks of 1 or more, not {self!r}")
+
+    @property
+    def inputs(self) -> int:
+        """What a block row could keep at most: input channels of its group, or positions."""
+        return self.workload.in_channels_per_group * (self.workload.taps if self.index is IndexKind.POSITION else 1)
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that the kernel computes with."""
+        return 1.0 if self.index is IndexKind.NONE else self.kept / self.inputs
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates on kept weights."""
+        return round(self.workload.macs * self.density)
+
+    @property
+    def dense(self) -> KernelTask:
+        """The same layer with all its weights."""
+        return KernelTask(self.kind, self.workload, self.threads)
+
+    @property
+    def as_winograd(self) -> KernelTask:
+        """The dense layer by Winograd's algorithm."""
+        return replace(self.dense, winograd=True)
+
+    def with_kept(self, kept: int) -> KernelTask:
+        """Return the task at another density."""
+        return replace(self, kept=kept)
+
+    def __str__(self) -> str:
+        """Return the text form that `parse_task` reads."""
+        work = self.workload
+        text = self.kind + (f" n{work.batch}" if work.batch != 1 else "")
+        text += f" {work.in_channels}x{work.height}x{work.width}->{work.out_channels} k{_pair(work.kernel)}"
+        if work.stride != (1, 1):
+            text += f" s{_pair(work.stride)}"
+        if any(work.padding):
+            text += f" p{','.join(map(str, work.padding))}"
+        if work.dilation != (1, 1):
+            text += f" d{_pair(work.dilation)}"
+        if work.groups != 1:
+            text += f" g{work.groups}"
+        text += f" {work.epilogue}; "
+        dense = "winograd" if self.winograd else "dense"
+        text += dense if self.index is IndexKind.NONE else f"1x{self.block} {self.index.value} {self.kept}"
+        return f"{text}; {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+    @classmethod
+    def of(
+        cls, kernel: ConvKernel | FcKernel | WinogradKernel, threads: int, workload: ConvWorkload | None = None
+    ) -> KernelTask:
+        """Return the task that a kernel is a variant of.
+
+        Parameters
+        ----------
+        kernel
+            The variant.
+        threads
+            Threads that it runs with.
+        workload
+            The convolution's workload before a variant reshaped it; default: the kernel's.
+        """
+        if isinstance(kernel, FcKernel):
+            work = ConvWorkload(
+                kernel.batch, kernel.in_features, kernel.out_features, 1, 1, (1, 1), epilogue=kernel.epilogue
+            )
+            if not kernel.sparse:
+                return cls("fc", work, threads)
+            return cls("fc", work, threads, IndexKind.CHANNEL, kernel.block, kernel.kept)
+        work = workload or kernel.workload
+        if isinstance(kernel, WinogradKernel):
+            return cls("conv", work, threads, winograd=True)
+        if kernel.index is IndexKind.NONE:
+            return cls("conv", work, threads)
+        return cls("conv", work, threads, kernel.index, kernel.block, kernel.kept)
+
+
+def parse_task(text: str) -> KernelTask:
+    """Read a task's text form; the inverse of ``str(task)``.
+
+    Raises
+    ------
+    ValueError
+        If the text is no task.
+    """
+    found = _TASK.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r:.200} is no kernel task, such as {_EXAMPLE!r}")
+    top, left, bottom, right = (int(pad) for pad in (found["padding"] or "0,0,0,0").split(","))
+    workload = ConvWorkload(
+        int(found["n"] or 1),
+        int(found["ic"]),
+        int(found["oc"]),
+        int(found["h"]),
+        int(found["w"]),
+        _read_pair(found["kernel"]),
+        _read_pair(found["stride"] or "1x1"),
+        (top, left, bottom, right),
+        _read_pair(found["dilation"] or "1x1"),
+        int(found["groups"] or 1),
+        _read_epilogue(found["epilogue"]),
+    )
+    kind: Literal["conv", "fc"] = "conv" if found["kind"] == "conv" else "fc"
+    threads = int(found["threads"])
+    if found["index"] is None:
+        return KernelTask(kind, workload, threads, winograd=found["winograd"] is not None)
+    return KernelTask(kind, workload, threads, IndexKind(found["index"]), int(found["block"]), int(found["kept"]))
+
+
+_EXAMPLE = "conv 64x56x56->64 k3x3 p1,1,1,1 bias+relu; 1x16 channel 32; 1 thread"
+
+
+def _pair(values: tuple[int, int]) -> str:
+    return f"{values[0]}x{values[1]}"
+
+
+def _read_pair(text: str) -> tuple[int, int]:
+    first, _, second = text.partition("x")
+    return int(first), int(second)
+
+
+def _read_epilogue(text: str) -> Epilogue:
+    found = _EPILOGUE.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r:.60} is no epilogue, such as 'bias+add+relu'")
+    residual = found["add"] is not None
+    if found["relu"]:
+        return Epilogue(residual, 0.0, None)
+    low, high = (None if bound in (None, "None") else float(bound) for bound in (found["low"], found["high"]))
+    return Epilogue(residual, low, high)

@@ -1,0 +1,285 @@
+"""Kernel variants of a task: which are worth measuring, in which order, and how a record names one.
+
+Two levels of choice meet here. A `ConvKernel` fixes the packed layout: pixel geometry, channel tile. The template's
+sampled decisions (pixel vectors of the register tile, block rows of a task, reduction blocks) are kernel attributes as
+well, as its block annotations' defaults: a variant in this module's sense is both, so that choosing one kernel chooses
+everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import TypeAlias
+
+import tvm
+
+from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
+from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, fc_prim_func
+from tvm_nm.schedules.geometry import PixelGeometry, candidate_geometries
+from tvm_nm.schedules.kernel_task import KernelTask
+from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.tiling import choose_kernel, index_dtype, oc_tiles, predicted_cycles, reduction_blocks, variant
+from tvm_nm.schedules.winograd import WinogradKernel, winograd_prim_func
+from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidates, winograd_cycles
+
+__all__ = [
+    "Kernel",
+    "default_kernel",
+    "kernel_from_text",
+    "kernel_prim_func",
+    "neighbours",
+    "ranked_kernels",
+    "variant_text",
+]
+
+Kernel: TypeAlias = ConvKernel | FcKernel | WinogradKernel
+
+_SCRATCH_LIMITS = (24 * 1024, 96 * 1024, 256 * 1024)
+_BEST_LAYOUTS = 24
+_SAME_LAYOUT = 3
+
+_PIXEL = re.compile(
+    r"pixel (?P<tile>\d+)x(?P<vectors>\d+)(?: map (?P<h>\d+)x(?P<w>\d+))? pitch (?P<pitch>\d+)"
+    r"(?P<copies> copies)? rows (?P<rows>\d+) task (?P<task>\d+)(?: cut (?P<cut>\d+))?"
+)
+_WINOGRAD = re.compile(
+    r"winograd (?P<tile>\d+) step (?P<step>\d+)x(?P<vectors>\d+)"
+    r" chunk (?P<rows>\d+)x(?P<columns>\d+)(?P<staged> staged)?"
+)
+_FEATURE = re.compile(r"feature (?P<block>\d+)")
+
+
+def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
+    """Return the variant of an untuned build."""
+    work = task.workload
+    if task.winograd:
+        found = choose_winograd(work, machine)
+        assert found is not None  # the task has checked that it applies
+        return found
+    if task.kind == "conv":
+        if task.index is IndexKind.NONE:
+            return choose_kernel(work, machine)
+        return choose_kernel(work, machine, block=task.block, index=task.index, kept=task.kept)
+    sizes = (work.batch, work.in_channels, work.out_channels)
+    if task.index is IndexKind.NONE:
+        return choose_fc_kernel(*sizes, work.epilogue, machine)
+    return choose_fc_kernel(*sizes, work.epilogue, machine, block=task.block, kept=task.kept)
+
+
+def kernel_prim_func(kernel: Kernel) -> tvm.tirx.PrimFunc:
+    """Return the unscheduled PrimFunc of a variant of any family."""
+    if isinstance(kernel, WinogradKernel):
+        return winograd_prim_func(kernel)
+    return conv_prim_func(kernel) if isinstance(kernel, ConvKernel) else fc_prim_func(kernel)
+
+
+def variant_text(kernel: Kernel) -> str:
+    """Return what tells a variant from the others of its task, as text that `kernel_from_text` reads."""
+    if isinstance(kernel, FcKernel):
+        return f"feature {kernel.block}"
+    if isinstance(kernel, WinogradKernel):
+        text = f"winograd {kernel.tile} step {kernel.tiles_per_step}x{kernel.oc_vectors}"
+        return f"{text} chunk {kernel.chunk_rows}x{kernel.chunk_columns}{' staged' if kernel.staged else ''}"
+    geometry = kernel.geometry
+    text = f"pixel {kernel.oc_tile}x{kernel.vectors_per_tile}"
+    if kernel.workload.is_pointwise:
+        text += f" map {kernel.workload.height}x{kernel.workload.width}"
+    text += f" pitch {geometry.pitch}{' copies' if geometry.column_copies else ''} rows {geometry.rows_per_chunk}"
+    text += f" task {kernel.rows_per_task}"
+    return text + (f" cut {kernel.kept_per_block}" if kernel.kept_per_block else "")
+
+
+def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
+    """Return the variant of a task that a text names.
+
+    The text may come from another density of the same layer: a reduction block that does not divide what the task
+    keeps is replaced by the nearest length that does.
+
+    Raises
+    ------
+    ValueError
+        If the text names no variant, or one that does not fit the task.
+    """
+    if task.kind == "fc":
+        return _fc_from_text(text, task, machine)
+    if task.winograd:
+        return _winograd_from_text(text, task, machine)
+    found = _PIXEL.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r:.100} is no variant of a convolution")
+    work = task.workload
+    if found["h"]:
+        height, width = int(found["h"]), int(found["w"])
+        if not work.is_pointwise or height * width != work.height * work.width:
+            raise ValueError(f"{text!r:.100} does not fit {task}")
+        work = replace(work, height=height, width=width)
+    geometry = PixelGeometry(work, machine.lanes, int(found["pitch"]), int(found["rows"]), bool(found["copies"]))
+    if geometry.pitch < work.out_width or not 1 <= geometry.rows_per_chunk <= work.out_height:
+        raise ValueError(f"{text!r:.100} does not fit {task}")
+    cut = int(found["cut"] or 0)
+    tile, vectors, rows = int(found["tile"]), int(found["vectors"]), int(found["task"])
+    kernel = variant(
+        geometry, machine, task.block or None, tile, task.index, task.kept or task.inputs, 0, _SCRATCH_LIMITS[0]
+    )
+    vectors = min(vectors, geometry.vectors)
+    divides = kernel.block_rows % rows == 0
+    if not (1 <= tile * vectors <= _most_sums(machine, tile) and divides):
+        raise ValueError(f"{text!r:.100} does not fit {task}")
+    if cut:
+        cut = min(_divisors(kernel.kept), key=lambda length: abs(length - cut))
+    return replace(kernel, vectors_per_tile=vectors, rows_per_task=rows, kept_per_block=cut)
+
+
+def _fc_from_text(text: str, task: KernelTask, machine: Machine) -> FcKernel:
+    found = _FEATURE.fullmatch(text)
+    default = default_kernel(task, machine)
+    assert isinstance(default, FcKernel)
+    if found is None or int(found["block"]) % machine.lanes or (default.sparse and int(found["block"]) != task.block):
+        raise ValueError(f"{text!r:.100} is no variant of {task}")
+    return replace(default, block=int(found["block"]))
+
+
+def _winograd_from_text(text: str, task: KernelTask, machine: Machine) -> WinogradKernel:
+    found = _WINOGRAD.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r:.100} is no variant of {task}")
+    tile, step, vectors, rows, columns = (int(found[name]) for name in ("tile", "step", "vectors", "rows", "columns"))
+    kernel = WinogradKernel(
+        task.workload, machine.lanes, tile, rows, columns, vectors, step, found["staged"] is not None
+    )
+    fits = tile in (2, 4) and 1 <= rows <= kernel.tile_rows and 1 <= columns <= kernel.tile_columns
+    if not (fits and 1 <= step <= kernel.chunk_tiles and 1 <= step * vectors <= _most_sums(machine, 1)):
+        raise ValueError(f"{text!r:.100} does not fit {task}")
+    return kernel
+
+
+def ranked_kernels(task: KernelTask, machine: Machine, limit: int) -> list[Kernel]:
+    """Return the variants with the least predicted time, best first, not more than a few of any one layout.
+
+    The first is the one that an untuned build uses.
+    """
+    default = default_kernel(task, machine)
+    if isinstance(default, FcKernel):
+        return [default, *neighbours(default, machine)][:limit]
+    if isinstance(default, WinogradKernel):
+        ranked = sorted(winograd_candidates(task.workload, machine), key=lambda k: winograd_cycles(k, machine))
+        found: list[Kernel] = [default, *ranked]
+        return list(dict.fromkeys(found))[:limit]
+    layouts = sorted(_layouts(task, machine), key=predicted_cycles)[:_BEST_LAYOUTS]
+    expanded = {kernel: predicted_cycles(kernel) for layout in layouts for kernel in (layout, *_decisions(layout))}
+    expanded = {kernel: cycles for kernel, cycles in expanded.items() if _is_valid(kernel, machine)}
+    chosen: list[Kernel] = [default]
+    count: dict[tuple[PixelGeometry, int], int] = {}
+    for kernel in sorted(expanded, key=expanded.__getitem__):
+        layout_of = (kernel.geometry, kernel.oc_tile)
+        if len(chosen) == limit:
+            break
+        if kernel not in chosen and count.get(layout_of, 0) < _SAME_LAYOUT:
+            count[layout_of] = count.get(layout_of, 0) + 1
+            chosen.append(kernel)
+    return chosen
+
+
+def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
+    """Return the variants that differ from one in a single choice, by their predicted time: a step of a climb."""
+    if isinstance(kernel, FcKernel):
+        if kernel.sparse:
+            return []
+        blocks = (machine.lanes * vectors for vectors in (1, 2, 4, 8))
+        return [replace(kernel, block=block) for block in blocks if block != kernel.block]
+    if isinstance(kernel, WinogradKernel):
+        near = [k for k in winograd_candidates(kernel.workload, machine) if _differences(k, kernel) == 1]
+        steps = (kernel.tiles_per_step - 1, kernel.tiles_per_step + 1)
+        near += [replace(kernel, tiles_per_step=s) for s in steps if 1 <= s <= kernel.chunk_tiles]
+        near = [k for k in near if k.tiles_per_step * k.oc_vectors <= _most_sums(machine, 1)]
+        by_cycles = sorted(dict.fromkeys(near), key=lambda k: winograd_cycles(k, machine))
+        return list[Kernel](by_cycles)
+    found = {*_decisions(kernel), *_chunk_steps(kernel), *_tile_steps(kernel, machine)} - {kernel}
+    ordered = sorted((k for k in found if _is_valid(k, machine)), key=predicted_cycles)
+    return list(ordered)
+
+
+def _differences(one: WinogradKernel, other: WinogradKernel) -> int:
+    """Count the choices in which two kernels differ; the register tile follows from the others."""
+    names = ("tile", "chunk_rows", "chunk_columns", "oc_vectors", "staged")
+    return sum(getattr(one, name) != getattr(other, name) for name in names)
+
+
+def _layouts(task: KernelTask, machine: Machine) -> Iterator[ConvKernel]:
+    block, kept = task.block or None, task.kept or task.inputs
+    for tile in oc_tiles(task.workload, machine, block):
+        for geometry in candidate_geometries(task.workload, machine.lanes):
+            for cut in reduction_blocks(kept, tile):
+                yield variant(geometry, machine, block, tile, task.index, kept, cut, _SCRATCH_LIMITS[1])
+
+
+def _decisions(kernel: ConvKernel) -> list[ConvKernel]:
+    """Other register tiles and tasks of the same layout."""
+    steps = [
+        replace(kernel, vectors_per_tile=vectors)
+        for vectors in (kernel.vectors_per_tile - 1, kernel.vectors_per_tile + 1)
+        if 1 <= vectors <= kernel.geometry.vectors
+    ]
+    work = kernel.workload
+    if work.out_channels_per_group % kernel.block == 0:
+        rows = _divisors(kernel.block_rows)
+        steps += [replace(kernel, rows_per_task=near) for near in _beside(rows, kernel.rows_per_task)]
+    if kernel.kept_per_block:
+        lengths = [length for length in _divisors(kernel.kept) if length >= 4]
+        steps += [replace(kernel, kept_per_block=near) for near in _beside(lengths, kernel.kept_per_block)]
+    return steps
+
+
+def _chunk_steps(kernel: ConvKernel) -> list[ConvKernel]:
+    """Return the next smaller and larger chunk, and the other pixel layouts with chunks as large."""
+    here = kernel.geometry
+    geometries = candidate_geometries(kernel.workload, here.lanes)
+    same = sorted({g.vectors: g for g in geometries if _layout(g) == _layout(here)}.items())
+    sizes = [size for size, _ in same]
+    found = [geometry for size, geometry in same if size in _beside(sizes, here.vectors)]
+    found += [g for g in geometries if _layout(g) != _layout(here) and g.rows_per_chunk == here.rows_per_chunk]
+    return [
+        replace(
+            kernel,
+            geometry=geometry,
+            index_dtype=index_dtype(geometry, kernel.index),
+            vectors_per_tile=min(kernel.vectors_per_tile, geometry.vectors),
+        )
+        for geometry in found
+    ]
+
+
+def _tile_steps(kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
+    block = None if kernel.index is IndexKind.NONE else kernel.block
+    task = KernelTask.of(kernel, machine.threads)
+    return [
+        variant(kernel.geometry, machine, block, tile, kernel.index, kernel.kept, 0, _SCRATCH_LIMITS[1])
+        for tile in oc_tiles(task.workload, machine, block)
+        if tile != kernel.oc_tile
+    ]
+
+
+def _layout(geometry: PixelGeometry) -> tuple[int, bool]:
+    """Return what stays when only the chunk changes; rows of a flattened 1x1 map are chunks themselves."""
+    return (0 if geometry.workload.is_pointwise else geometry.pitch), geometry.column_copies
+
+
+def _is_valid(kernel: ConvKernel, machine: Machine) -> bool:
+    return kernel.oc_tile * kernel.vectors_per_tile <= _most_sums(machine, kernel.oc_tile)
+
+
+def _most_sums(machine: Machine, oc_tile: int) -> int:
+    """Return how many sums leave registers for operands; a tile of one vector may have as many as its channels."""
+    return max(machine.accumulators + machine.registers // 8, oc_tile)
+
+
+def _beside(sizes: Iterable[int], size: int) -> list[int]:
+    ordered = sorted(sizes)
+    below, above = [s for s in ordered if s < size], [s for s in ordered if s > size]
+    return below[-1:] + above[:1]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,0 +1,147 @@
+"""The key of the tuning database and the text forms of variants."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tvm_nm.schedules.conv import ConvKernel, IndexKind
+from tvm_nm.schedules.fc import FcKernel
+from tvm_nm.schedules.kernel_task import KernelTask, parse_task
+from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.tiling import choose_kernel, predicted_cycles
+from tvm_nm.schedules.variants import default_kernel, kernel_from_text, neighbours, ranked_kernels, variant_text
+from tvm_nm.schedules.winograd import winograd_applies
+from tvm_nm.workload import ConvWorkload, Epilogue
+
+AVX512, AVX2 = Machine(16, 32, 1), Machine(8, 16, 1)
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> KernelTask:
+    small = st.integers(1, 3)
+    groups = draw(st.sampled_from((1, 1, 2, 4)))
+    kernel = (draw(small), draw(small))
+    epilogue = Epilogue(
+        draw(st.booleans()), *draw(st.sampled_from(((None, None), (0.0, None), (0.0, 6.0), (None, 1.5))))
+    )
+    work = ConvWorkload(
+        draw(small),
+        groups * draw(st.integers(1, 24)),
+        groups * draw(st.integers(1, 24)),
+        draw(st.integers(3, 30)),
+        draw(st.integers(3, 30)),
+        kernel,
+        (draw(small), draw(small)),
+        tuple(draw(st.integers(0, 2)) for _ in range(4)),
+        (1, draw(st.sampled_from((1, 1, 1, 2)))),
+        groups,
+        epilogue,
+    )
+    threads = draw(st.sampled_from((1, 2, 8)))
+    index = draw(st.sampled_from(tuple(IndexKind)))
+    if index is IndexKind.NONE:
+        return KernelTask("conv", work, threads, winograd=winograd_applies(work) and draw(st.booleans()))
+    full = KernelTask("conv", work, threads, index, draw(st.sampled_from((1, 4, 16))), 1)
+    return full.with_kept(draw(st.integers(1, full.inputs)))
+
+
+@given(tasks())
+def test_the_text_of_a_task_reads_back(task: KernelTask) -> None:
+    assert parse_task(str(task)) == task
+
+
+def test_what_the_text_of_a_task_looks_like() -> None:
+    work = ConvWorkload(1, 64, 256, 56, 56, (1, 1), epilogue=Epilogue(True, 0.0))
+    task = KernelTask("conv", work, 1, IndexKind.CHANNEL, 16, 32)
+    assert str(task) == "conv 64x56x56->256 k1x1 bias+add+relu; 1x16 channel 32; 1 thread"
+    assert (task.density, task.macs) == (0.5, work.macs // 2)
+    assert str(replace(task.dense, threads=2)) == "conv 64x56x56->256 k1x1 bias+add+relu; dense; 2 threads"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "conv 64x56x56->64 k3x3 bias; dense",
+        "conv 64x56x56->64 k3x3 bias; 1x16 channel 65; 1 thread",
+        "conv 64x56x56->64 k3x3 bias+tanh; dense; 1 thread",
+        "pool 64x56x56->64 k3x3 bias; dense; 1 thread",
+    ],
+)
+def test_a_text_that_is_no_task(text: str) -> None:
+    with pytest.raises(ValueError, match=r"no kernel task|keeps 1 to 64|no epilogue"):
+        parse_task(text)
+
+
+def test_a_dense_task_has_no_block() -> None:
+    with pytest.raises(ValueError, match="neither block nor kept"):
+        KernelTask("conv", ConvWorkload(1, 4, 4, 8, 8, (1, 1)), 1, block=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tasks(), st.sampled_from((AVX512, AVX2)))
+def test_every_variant_reads_back_from_its_text(task: KernelTask, machine: Machine) -> None:
+    machine = replace(machine, threads=task.threads)
+    ranked = ranked_kernels(task, machine, 12)
+    assert ranked[0] == default_kernel(task, machine)
+    assert len(set(ranked)) == len(ranked)
+    for kernel in [*ranked, *neighbours(ranked[0], machine)]:
+        assert kernel_from_text(variant_text(kernel), task, machine) == kernel
+
+
+@settings(max_examples=40, deadline=None)
+@given(tasks(), st.data())
+def test_a_variant_moves_to_another_density(task: KernelTask, data: st.DataObject) -> None:
+    assume(task.kept)
+    machine = replace(AVX512, threads=task.threads)
+    other = task.with_kept(data.draw(st.integers(1, task.inputs)))
+    for kernel in ranked_kernels(task, machine, 6):
+        assert isinstance(kernel, ConvKernel)
+        moved = kernel_from_text(variant_text(kernel), other, machine)
+        assert isinstance(moved, ConvKernel)
+        assert moved.kept == other.kept
+        assert moved.geometry == kernel.geometry
+        assert not moved.kept_per_block or moved.kept % moved.kept_per_block == 0
+
+
+def test_ranking_begins_with_the_default_and_goes_by_predicted_time() -> None:
+    work = ConvWorkload(1, 64, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1))
+    ranked = ranked_kernels(KernelTask("conv", work, 1), AVX512, 12)
+    assert ranked[0] == choose_kernel(work, AVX512)
+    cycles = [predicted_cycles(kernel) for kernel in ranked[1:]]
+    assert cycles == sorted(cycles)
+    assert len({kernel.geometry for kernel in ranked}) > 2
+
+
+def test_neighbours_differ_from_their_kernel_in_few_ways() -> None:
+    work = ConvWorkload(1, 64, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1))
+    kernel = choose_kernel(work, AVX512)
+    found = neighbours(kernel, AVX512)
+    assert kernel not in found
+    assert {k.vectors_per_tile for k in found if k.geometry == kernel.geometry} > {kernel.vectors_per_tile}
+    assert {k.geometry.rows_per_chunk for k in found} > {kernel.geometry.rows_per_chunk}
+    assert {k.oc_tile for k in found} > {kernel.oc_tile}
+
+
+def test_variants_of_a_fully_connected_layer() -> None:
+    work = ConvWorkload(1, 512, 1000, 1, 1, (1, 1))
+    dense = KernelTask("fc", work, 1)
+    blocks = {k.block for k in ranked_kernels(dense, AVX512, 12) if isinstance(k, FcKernel)}
+    assert blocks == {16, 32, 64, 128}
+    sparse = KernelTask("fc", work, 1, IndexKind.CHANNEL, 16, 200)
+    assert ranked_kernels(sparse, AVX512, 12) == [default_kernel(sparse, AVX512)]
+    assert parse_task(str(sparse)) == sparse
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "pixel 8x9 pitch 66 rows 8 task 1", "pixel 8x3 pitch 10 rows 8 task 1", "pixel 8x3 pitch 66 rows 8 task 7"],
+)
+def test_a_text_that_fits_no_variant(text: str) -> None:
+    task = KernelTask("conv", ConvWorkload(1, 64, 64, 64, 64, (3, 3), padding=(1, 1, 1, 1)), 1)
+    with pytest.raises(ValueError, match=r"variant|fit"):
+        kernel_from_text(text, task, AVX512)

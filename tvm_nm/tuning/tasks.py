@@ -1,0 +1,162 @@
+"""The tuning tasks of a model: every distinct kernel that its layers need, at all patterns and densities wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tvm
+
+from tvm_nm.detect import detect_pattern
+from tvm_nm.errors import PlanError
+from tvm_nm.inventory import inventory, layer_calls
+from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
+from tvm_nm.passes.power import QuarterPowers
+from tvm_nm.passes.select import conv_workload, index_kind, sparse_conv
+from tvm_nm.patterns import Dense, OneByN, SparsityPattern, parse_pattern
+from tvm_nm.plan import uniform_plan
+from tvm_nm.schedules.conv import IndexKind
+from tvm_nm.schedules.fc import choose_fc_kernel
+from tvm_nm.schedules.kernel_task import KernelTask
+from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.packing import kept_per_block_row
+from tvm_nm.schedules.winograd import winograd_applies
+from tvm_nm.workload import ConvWorkload
+
+__all__ = ["ModelTask", "layer_task", "model_tasks"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTask:
+    """A task with what the model needs it for.
+
+    Attributes
+    ----------
+    task
+        The task.
+    layers
+        Names of the layers that could use it.
+    """
+
+    task: KernelTask
+    layers: tuple[str, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all its layers: how much the network's time depends on it."""
+        return self.task.macs * len(self.layers)
+
+
+def model_tasks(
+    module: tvm.IRModule,
+    machine: Machine,
+    patterns: Sequence[str | SparsityPattern] = (),
+    densities: Sequence[float] = (),
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> tuple[ModelTask, ...]:
+    """List the distinct tasks of a canonical module.
+
+    Every layer is needed dense (by Winograd's algorithm too, where it applies), and with the zeros that its weights
+    already have; layers that pruning does not spare, also with each pattern at each density (or at the pattern's own,
+    such as 2:4).
+
+    Parameters
+    ----------
+    module
+        What `import_onnx` returns.
+    machine
+        What kernels are generated for.
+    patterns, densities
+        What may be pruned to.
+    include, exclude
+        Globs; see `tvm_nm.plan.uniform_plan`.
+
+    Raises
+    ------
+    PlanError
+        If a pattern's text form is unknown, a density does not go with its pattern or a glob matches no layer.
+    """
+    wanted = _wanted(patterns, densities)
+    layers = inventory(module)
+    eligible: set[str] = set()
+    if wanted:
+        pattern, density = wanted[0]
+        eligible = {choice.name for choice in uniform_plan(layers, pattern, density, include, exclude).layers}
+    names: dict[KernelTask, list[str]] = {}
+    for fused in _fused_layers(module):
+        layer = fused.found.layer
+        for task in _layer_tasks(fused, machine, wanted if layer.name in eligible else []):
+            names.setdefault(task, []).append(layer.name)
+    return tuple(ModelTask(task, tuple(found)) for task, found in names.items())
+
+
+def layer_task(work: ConvWorkload, threads: int, pattern: SparsityPattern, density: float) -> KernelTask:
+    """Return the task of a convolution that is pruned to a pattern.
+
+    Unbalanced patterns are taken for balanced ones: how long their longest row is depends on the weights.
+
+    Parameters
+    ----------
+    work
+        The convolution.
+    threads
+        Threads that it runs with.
+    pattern, density
+        As `SparsityPattern.mask` takes them.
+    """
+    index = index_kind(pattern, work)
+    if index is IndexKind.NONE:
+        return KernelTask("conv", work, threads)
+    block = min(pattern.block, work.out_channels_per_group)
+    if isinstance(pattern, OneByN) and not pattern.balanced:
+        pattern = OneByN(pattern.n, pattern.granularity)
+    # Every block row keeps as much as the first one.
+    saliency = np.random.default_rng(0).random((block, work.in_channels_per_group, *work.kernel), np.float32)
+    kept = kept_per_block_row(pattern.mask(saliency, density).astype(np.float32), 1, block, index)
+    return KernelTask("conv", work, threads, index, block, int(kept.max()))
+
+
+def _wanted(
+    patterns: Sequence[str | SparsityPattern], densities: Sequence[float]
+) -> list[tuple[SparsityPattern, float]]:
+    try:
+        chosen = [parse_pattern(p) if isinstance(p, str) else p for p in patterns]
+        pairs: list[tuple[SparsityPattern, float]] = []
+        for pattern in chosen:
+            if pattern.fixed_density is not None:
+                pairs.append((pattern, pattern.fixed_density))
+            else:
+                pairs += [(pattern, pattern.check_density(density)) for density in densities or (0.5,)]
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    return [(pattern, density) for pattern, density in pairs if not isinstance(pattern, Dense)]
+
+
+def _fused_layers(module: tvm.IRModule) -> tuple[FusedLayer, ...]:
+    module = tvm.transform.Sequential([QuarterPowers()])(module)
+    calls = [found for found in layer_calls(module) if found.layer.kind == "conv" or len(found.layer.input_shape) == 2]
+    main = module["main"]
+    bindings = [binding for block in main.body.blocks for binding in block.bindings]
+    return fuse_epilogues(calls, bindings, main.body.body)
+
+
+def _layer_tasks(
+    fused: FusedLayer, machine: Machine, wanted: Sequence[tuple[SparsityPattern, float]]
+) -> list[KernelTask]:
+    layer = fused.found.layer
+    if layer.kind == "fc":
+        sizes = (layer.input_shape[0], layer.input_shape[1], layer.weight_shape[0])
+        return [KernelTask.of(choose_fc_kernel(*sizes, fused.epilogue, machine), machine.threads)]
+    work = conv_workload(layer, fused.epilogue)
+    tasks = [KernelTask("conv", work, machine.threads)]
+    if winograd_applies(work):
+        tasks.append(tasks[0].as_winograd)
+    weights = fused.found.weight
+    detection = detect_pattern(weights != 0, work.groups)
+    own = sparse_conv(work, weights, detection.pattern, machine)
+    if own is not None:
+        tasks.append(KernelTask.of(own, machine.threads, work))
+    tasks += [layer_task(work, machine.threads, pattern, density) for pattern, density in wanted]
+    return list(dict.fromkeys(tasks))

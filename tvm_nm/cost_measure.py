@@ -35,6 +35,8 @@ from tvm_nm.plan import LayerChoice, Plan, prunable_layers
 from tvm_nm.pruning import prune_by_plan
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel, release_memory
+from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
+from tvm_nm.tuning.tables import tuned_kernels
 
 __all__ = ["DEFAULT_DENSITIES", "DEFAULT_PATTERNS", "TEMPLATE_REVISION", "CandidateGrid", "build_plan", "measure_costs"]
 
@@ -43,8 +45,6 @@ DEFAULT_PATTERNS = ("1x4p", "1x16p")
 DEFAULT_DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 _ANCHORS = (0.75, 0.5, 0.25, 0.125)
 
-TEMPLATE_REVISION = 1
-"""Revision of the kernel templates: times of another one are not comparable."""
 _MIN_ROUNDS = 7
 _BLOCK_US = 20_000.0
 
@@ -186,7 +186,7 @@ def build_plan(imported: ImportedModel, plan: Plan, target: tvm.target.Target, d
     """Prune and build a model that is imported already, unverified, into a new directory, to be measured."""
     directory.mkdir()
     module, _ = prune_by_plan(imported.module, plan)
-    built = build_executable(module, target, always_sparse=True)
+    built = build_executable(module, target, always_sparse=True, tuned=tuned_kernels(target))
     del module
     manifest = write_library(imported, model_sha256(imported), built, target, directory)
     del built

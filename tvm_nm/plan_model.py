@@ -16,7 +16,7 @@ import tvm
 
 from tvm_nm.compiler import model_sha256, processor, resolve_target
 from tvm_nm.constraints import Constraints
-from tvm_nm.cost_measure import TEMPLATE_REVISION, CandidateGrid, measure_costs
+from tvm_nm.cost_measure import CandidateGrid, measure_costs
 from tvm_nm.costs import CostTable, merge_tables
 from tvm_nm.environment import check_environment, missing_features
 from tvm_nm.errors import EnvironmentMismatchError, PlanError
@@ -28,6 +28,7 @@ from tvm_nm.plan_check import check_match
 from tvm_nm.plan_loop import MAX_ROUNDS, LoopResult, close_loop
 from tvm_nm.planner import FrontPoint, Planner, Solution
 from tvm_nm.planning import Goal, UniformPoint, make_plan, uniform_points
+from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
 
 __all__ = ["Planned", "cost_table", "plan_model"]
 

@@ -1,0 +1,54 @@
+"""The records that come with the package."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import tvm
+
+from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, parse_task
+from tvm_nm.schedules.machine import machine_of
+from tvm_nm.schedules.variants import kernel_from_text
+from tvm_nm.tuning import tables
+from tvm_nm.tuning.tables import family_of, shipped_kernels, tuned_kernels
+
+SKYLAKE = tvm.target.Target({"kind": "llvm", "mcpu": "skylake-avx512"})
+HASWELL = tvm.target.Target({"kind": "llvm", "mcpu": "haswell"})
+ARM = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]})
+TASK = "conv 64x56x56->64 k3x3 p1,1,1,1 bias+relu; 1x16 channel 32; 1 thread"
+
+
+def test_families() -> None:
+    assert [family_of(target) for target in (SKYLAKE, HASWELL, ARM)] == ["avx512", "avx2", ""]
+    assert shipped_kernels(ARM) is None
+    assert tuned_kernels(ARM) is None
+    assert tuned_kernels(SKYLAKE, shipped=False) is None
+
+
+def test_shipped_records_are_found_by_family_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.dumps({"task": TASK, "variant": "pixel 8x3 pitch 58 rows 8 task 2", "us": 900.0})
+    monkeypatch.setattr(tables, "_shipped_text", lambda family: f"{{}}\n{record}\n" if family == "avx512" else None)
+    found = tuned_kernels(SKYLAKE)
+    assert found is not None
+    best = found.best(parse_task(TASK))
+    assert best is not None
+    assert (best.origin, best.predicted, best.kernel.vectors_per_tile) == ("shipped", True, 3)
+    assert tuned_kernels(HASWELL) is None
+
+
+@pytest.mark.parametrize("target", [SKYLAKE, HASWELL], ids=family_of)
+def test_every_shipped_record_is_valid(target: tvm.target.Target) -> None:
+    path = resources.files("tvm_nm") / "data" / "tuned" / f"{family_of(target)}.r{TEMPLATE_REVISION}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"no records are shipped for {family_of(target)}")
+    text = Path(str(path)).read_text()
+    assert len(text) < 300_000
+    lines = [json.loads(line) for line in text.splitlines()[1:]]
+    assert len({line["task"] for line in lines}) == len(lines) > 20
+    for line in lines:
+        task = parse_task(line["task"])
+        kernel_from_text(line["variant"], task, machine_of(target))
+        assert line["us"] > 0

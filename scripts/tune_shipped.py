@@ -1,6 +1,6 @@
 """Make the tuned records that come with the package: the common layers of ResNet, VGG, MobileNet-V2 and SqueezeNet.
 
-    python scripts/tune_shipped.py tune DIR [--target JSON] [--threads 1] [--minutes 0.8] [--trials 8]
+    python scripts/tune_shipped.py tune DIR [--target JSON] [--threads 1] [--minutes 0.8] [--trials 8] [--patterns 1x16]
     python scripts/tune_shipped.py write DIR [--target JSON]
 
 `tune` measures what the database DIR lacks and may be run as often as it takes; `write` puts the best variant of every
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from tvm_nm.workload import ConvWorkload, Epilogue
 
 DATA = Path(__file__).resolve().parent.parent / "tvm_nm" / "data" / "tuned"
 PATTERNS = (("1x16", 0.5), ("1x16", 0.25), ("1x4", 0.5), ("1x4", 0.25), ("2:4", None), ("1:4", None))
+ALL = tuple(dict.fromkeys(pattern for pattern, _ in PATTERNS))
 RELU, RELU6, NONE, ADD_RELU = Epilogue(False, 0.0), Epilogue(False, 0.0, 6.0), Epilogue(), Epilogue(True, 0.0)
 MOST_BYTES = 300_000
 
@@ -114,7 +115,7 @@ def squeezenet() -> Iterator[ConvWorkload]:
     yield conv(512, 1000, 13)
 
 
-def shipped_tasks(threads: int) -> list[ModelTask]:
+def shipped_tasks(threads: int, patterns: Collection[str]) -> list[ModelTask]:
     """Return the distinct tasks, one epilogue for each shape: the others share its best variant."""
     names: dict[ConvWorkload, list[str]] = {}
     for network in (resnet50, resnet18, vgg16, mobilenet_v2, squeezenet):
@@ -132,7 +133,7 @@ def shipped_tasks(threads: int) -> list[ModelTask]:
             tasks[KernelTask("conv", work, threads, winograd=True)] = tuple(found)
         if work.in_channels_per_group < 16:
             continue
-        for pattern, density in PATTERNS:
+        for pattern, density in (pair for pair in PATTERNS if pair[0] in patterns):
             parsed = parse_pattern(pattern)
             tasks[layer_task(work, threads, parsed, parsed.check_density(density))] = tuple(found)
     return [ModelTask(task, found) for task, found in tasks.items()]
@@ -144,7 +145,7 @@ def write(database: TuningDatabase, target: tvm.target.Target) -> Path:
     if not family:
         raise SystemExit(f"records are shipped for AVX-512 and AVX2 only, not for {target}")
     lines = [json.dumps({"format": "tvm_nm trials", "version": 1, "revision": TEMPLATE_REVISION, "family": family})]
-    wanted = {item.task.with_kept(item.task.kept) for threads in (1, 2) for item in shipped_tasks(threads)}
+    wanted = {item.task.with_kept(item.task.kept) for threads in (1, 2) for item in shipped_tasks(threads, ALL)}
     for task in sorted(wanted, key=str):
         best = database.measured(task)
         if best is not None:
@@ -165,6 +166,7 @@ def main() -> None:
     parser.add_argument("job", choices=("tune", "write"))
     parser.add_argument("database", type=Path)
     parser.add_argument("--target", help="TVM target as JSON; default: this machine")
+    parser.add_argument("--patterns", default=",".join(ALL), help="tune only these, and dense; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--trials", type=int, default=8)
@@ -175,7 +177,7 @@ def main() -> None:
         write(database, target)
         return
     with TuningProgress() as progress:
-        tasks = shipped_tasks(options.threads)
+        tasks = shipped_tasks(options.threads, options.patterns.split(","))
         summary = tune_tasks(tasks, database, trials=options.trials, minutes=options.minutes, progress=progress)
     print(summary_text(summary))
 

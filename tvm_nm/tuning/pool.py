@@ -19,6 +19,7 @@ from typing import Any
 
 import tvm
 
+import tvm_nm
 from tvm_nm.errors import TuningError
 from tvm_nm.schedules.kernel_task import KernelTask, parse_task
 from tvm_nm.schedules.machine import machine_of
@@ -128,7 +129,9 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[str]:
         environment = {**os.environ, "TVM_NUM_THREADS": str(self._threads)}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path[:1], os.environ.get("PYTHONPATH", "")]))
+        # The same package as here, wherever it was imported from.
+        here = str(Path(tvm_nm.__file__).resolve().parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tvm_nm.tuning.worker"],
             stdin=subprocess.PIPE,

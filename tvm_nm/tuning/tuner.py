@@ -26,6 +26,7 @@ from tvm_nm.schedules.machine import machine_of, usable_threads
 from tvm_nm.schedules.variants import default_kernel, variant_text
 from tvm_nm.tuning.database import Trial, TuningDatabase
 from tvm_nm.tuning.pool import Candidate, Laboratory
+from tvm_nm.tuning.requirements import need_filelock
 from tvm_nm.tuning.search import Effort, Search
 from tvm_nm.tuning.tasks import ModelTask, model_tasks
 
@@ -212,6 +213,7 @@ def tune_tasks(
     start = time.perf_counter()
     deadline = start + minutes * 60 if minutes is not None else float("inf")
     progress = progress or Progress()
+    need_filelock()  # rather now than when there is something to write
     _check_runs_here(database.target)
     ordered = _ordered(tasks)
     missing = [item for item in ordered if retune or not _is_done(database, *item)]

@@ -132,32 +132,20 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         layer = fused.found.layer
         choice = self._choose[layer.kind](layer, fused.found.weight_view, fused.epilogue, self._machine)
         kernel = choice.kernel
-        if isinstance(kernel, (ConvKernel, WinogradKernel)):
-            work = kernel.workload
-            body = conv_prim_func(kernel) if isinstance(kernel, ConvKernel) else winograd_prim_func(kernel)
-            function = self.builder_.add_func(body, "tvm_nm_conv")
-            in_shape: tuple[int, ...] = (work.batch, work.in_channels, work.height, work.width)
-            out_shape: tuple[int, ...] = (work.batch, work.out_channels, work.out_height, work.out_width)
+        if isinstance(kernel, ConvKernel):
+            function = self.builder_.add_func(conv_prim_func(kernel), "tvm_nm_conv")
+        elif isinstance(kernel, WinogradKernel):
+            function = self.builder_.add_func(winograd_prim_func(kernel), "tvm_nm_conv")
         else:
             function = self.builder_.add_func(fc_prim_func(kernel), "tvm_nm_fc")
-            in_shape, out_shape = layer.input_shape, layer.output_shape
-        arguments = [
-            self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape),
-            as_constant(choice.packed.values),
-        ]
+        arguments = [self.visit_expr(fused.found.call.args[0]), as_constant(choice.packed.values)]
         if choice.packed.index is not None:
             arguments.append(relax.const(choice.packed.index))
         arguments.append(relax.const(fused.bias))
         if fused.residual is not None:
-            arguments.append(self._shaped(self.visit_expr(fused.residual), out_shape))
+            arguments.append(self.visit_expr(fused.residual))
         self.reports.append(_report(fused, choice, function.name_hint))
-        call = relax.call_tir(function, arguments, relax.TensorType(out_shape, "float32"))
-        if out_shape == layer.output_shape:
-            return call
-        return relax.op.reshape(self.builder_.emit(call), layer.output_shape)
-
-    def _shaped(self, expr: Any, shape: tuple[int, ...]) -> Any:
-        return expr if static_shape(expr) == shape else self.builder_.emit(relax.op.reshape(expr, shape))
+        return relax.call_tir(function, arguments, relax.TensorType(layer.output_shape, "float32"))
 
     def _pool(self, value: Any) -> relax.Call | None:
         if not is_call(value, "relax.nn.max_pool2d", "relax.nn.avg_pool2d"):

@@ -16,9 +16,11 @@ from typing import Any
 
 import tvm
 from tvm import te, tirx
+from tvm.s_tir import SBlock, SBlockRealize
+from tvm.tirx import BufferRegion
 
 from tvm_nm.schedules.epilogue import activate
-from tvm_nm.schedules.geometry import PixelGeometry
+from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["CONV_RULE", "ConvKernel", "IndexKind", "conv_prim_func", "padded_input", "tap_position"]
@@ -107,7 +109,7 @@ class ConvKernel:
     def stores_from_registers(self) -> bool:
         """Whether sums go through the epilogue to the output without a scratch: whole vectors, whole tiles."""
         return (
-            self.geometry.reads_input_directly
+            self.geometry.flat
             and not self.kept_per_block
             and self.workload.out_channels_per_group % self.block == 0
             and self.block % self.oc_tile == 0
@@ -116,7 +118,7 @@ class ConvKernel:
     @property
     def channel_stride(self) -> int:
         """What the index of one channel's input differs by from the next one's (`POSITION`)."""
-        return 1 if self.geometry.reads_input_directly else self.geometry.channel_size
+        return 1 if self.geometry.flat else self.geometry.channel_size
 
     @property
     def macs(self) -> int:
@@ -126,7 +128,7 @@ class ConvKernel:
         return work.batch * work.out_height * work.out_width * work.out_channels * self.kept * taps
 
     def __str__(self) -> str:
-        copy = "direct" if self.geometry.reads_input_directly else "padded"
+        copy = self.geometry.copy.value
         return f"pixel-vector {self.oc_tile}x{self.vectors_per_tile} {self.index.value} {copy}"
 
 
@@ -145,14 +147,39 @@ def padded_input(geometry: PixelGeometry, data: te.Tensor, fill: float = 0.0) ->
     return te.compute(shape, element, name="pad", attrs={"tvm_nm_phase_columns": geometry.phase_columns})
 
 
+def _flat_row(geometry: PixelGeometry, data: te.Tensor) -> te.Tensor:
+    """Return what a kernel of flat pixels reads: the input, or what is left of it by a stride, as it is or packed.
+
+    Packed it has the shape of `padded_input` with a single row, the vectors of `PixelGeometry.flat_pixel` one after
+    another.
+    """
+    work, lanes = geometry.workload, geometry.lanes
+    source = data
+    if geometry.subsampled:
+
+        def pixel(n: Any, c: Any, _row: Any, flat: Any) -> Any:
+            y, x = tirx.indexdiv(flat, work.out_width), tirx.indexmod(flat, work.out_width)
+            return data[n, c, y * work.stride[0], x * work.stride[1]]
+
+        attrs = {"tvm_nm_phase_columns": 1, "tvm_nm_plane": [1, work.out_height, work.out_width]}
+        source = te.compute((work.batch, work.in_channels, 1, work.out_pixels), pixel, name="subsample", attrs=attrs)
+    if geometry.copy is CopyScope.NONE:
+        return source
+
+    def element(n: Any, c: Any, _phase: Any, _row: Any, column: Any) -> Any:
+        return source[n, c, 0, geometry.flat_pixel(0, tirx.indexdiv(column, lanes), tirx.indexmod(column, lanes))]
+
+    shape = (work.batch, work.in_channels, 1, 1, geometry.chunks * geometry.pitch)
+    return te.compute(shape, element, name="pad", attrs={"tvm_nm_phase_columns": 1})
+
+
 @lru_cache(maxsize=512)
 def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
     """Return the unscheduled PrimFunc of a kernel variant.
 
     Its arguments, in order: data (N, C, H, W); packed weights (`ConvKernel.weight_shape`); the index table
     (`ConvKernel.index_shape`) unless the kernel is dense; bias (OC,); the residual (N, OC, OH, OW) if the epilogue adds
-    one; the output (N, OC, OH, OW). All float32 but the table. Heights and widths are those of
-    `kernel.workload`, which may be a reshaped view of the original.
+    one; the output (N, OC, OH, OW). All float32 but the table.
     """
     work = kernel.workload
     data = te.placeholder((work.batch, work.in_channels, work.height, work.width), name="data")
@@ -163,34 +190,56 @@ def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
     residual = te.placeholder(out_shape, name="residual") if work.epilogue.residual else None
 
     sums = _sums(kernel, data, weight, index)
-    out = _store(kernel, sums, bias, residual, out_shape)
+    store = _store_flat if kernel.geometry.flat else _store
+    out = store(kernel, sums, bias, residual)
     arguments = [data, weight, index, bias, residual, out]
     func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
+    if kernel.geometry.flat:
+        func = _with_flat_output(func, kernel.geometry, out_shape)
     return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
 
 
 def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tensor | None) -> te.Tensor:
     work, geometry = kernel.workload, kernel.geometry
     lanes, pitch = geometry.lanes, geometry.pitch
-    direct = geometry.reads_input_directly
-    source = data if direct else padded_input(geometry, data)
-    if kernel.index is IndexKind.POSITION and not direct:
-        source = _flattened(kernel, data)
+    if geometry.flat:
+        source = _flat_row(geometry, data)
+    else:
+        source = _flattened(kernel, data) if kernel.index is IndexKind.POSITION else padded_input(geometry, data)
     kept = te.reduce_axis((0, kernel.kept), name="kept")
     ky = te.reduce_axis((0, work.kernel[0]), name="ky")
     kx = te.reduce_axis((0, work.kernel[1]), name="kx")
+
+    def within_input(channel: Any) -> Any:
+        """Return `channel`, such that TVM's region analysis sees that a task's copy holds no more than all channels.
+
+        It knows no bounds of what a table holds, but that a remainder is less than its divisor: a power of two, so that
+        the remainder costs a single bitwise and.
+        """
+        if geometry.copy in (CopyScope.TASK, CopyScope.TILE):
+            return tirx.indexmod(channel, 1 << (work.in_channels - 1).bit_length())
+        return channel
+
+    def read_flat(n: Any, channel: Any, chunk: Any, v: Any, lane: Any) -> Any:
+        if geometry.copy is CopyScope.TILE:
+            return source[n, channel, 0, 0, chunk * pitch + v * lanes + lane]
+        # Beyond the first row: the rows of a plane follow one another.
+        return source[n, channel, 0, geometry.flat_pixel(chunk, v, lane)]
 
     def read(n: Any, chunk: Any, g: Any, row: Any, v: Any, lane: Any) -> Any:
         pixel = v * lanes + lane
         if kernel.index is IndexKind.POSITION:
             assert index is not None
             start = index[g, row, kept].astype("int32")
-            if direct:
-                return source[n, start, chunk, pixel]
+            if geometry.flat:
+                return read_flat(n, within_input(start), chunk, v, lane)
             return source[n, start + chunk * (geometry.rows_per_chunk * pitch) + pixel]
-        channel = g * work.in_channels_per_group + kept if index is None else index[g, row, kept].astype("int32")
-        if direct:
-            return source[n, channel, chunk, pixel]
+        if index is None:
+            channel = g * work.in_channels_per_group + kept
+        else:
+            channel = within_input(index[g, row, kept].astype("int32"))
+        if geometry.flat:
+            return read_flat(n, channel, chunk, v, lane)
         phase, tap = tap_position(geometry, ky, kx)
         q = chunk * (geometry.rows_per_chunk * pitch) + tap + pixel
         return source[n, channel, phase, tirx.indexdiv(q, pitch), tirx.indexmod(q, pitch)]
@@ -219,9 +268,7 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         "tvm_nm_store_from_registers": int(kernel.stores_from_registers),
         "tvm_nm_block": kernel.block,
         "tvm_nm_groups": work.groups,
-        # The groups' inputs are disjoint: each task can copy its own and find it in its cache. A table of channels
-        # hides that from the region analysis.
-        "tvm_nm_private_pad": int(work.groups > 1 and index is None),
+        "tvm_nm_copy_scope": list(CopyScope).index(geometry.copy),
         "tvm_nm_rows_per_chunk": geometry.rows_per_chunk,
         # How far the index table's entries of neighbouring channels are apart, for who makes one up to measure with.
         "tvm_nm_index_step": kernel.channel_stride if kernel.index is IndexKind.POSITION else 1,
@@ -264,32 +311,81 @@ def _flattened(kernel: ConvKernel, data: te.Tensor) -> te.Tensor:
     return te.compute((work.batch, work.in_channels * geometry.channel_size), element, name="pad", attrs=attrs)
 
 
-def _store(
-    kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Tensor | None, shape: tuple[int, ...]
-) -> te.Tensor:
+def _store(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:
+    """Return the output (N, OC, OH, OW): sums of the wanted pixels through the epilogue."""
     work, geometry = kernel.workload, kernel.geometry
-    per_group, lanes, rows = work.out_channels_per_group, geometry.lanes, geometry.rows_per_chunk
+    lanes, rows = geometry.lanes, geometry.rows_per_chunk
 
     def element(n: Any, oc: Any, y: Any, x: Any) -> Any:
-        in_group = tirx.indexmod(oc, per_group)
-        in_row = tirx.indexmod(in_group, kernel.block)
         pixel = tirx.indexmod(y, rows) * geometry.pitch + x
-        value = sums[
-            n,
-            tirx.indexdiv(y, rows),
-            tirx.indexdiv(oc, per_group),
-            tirx.indexdiv(in_group, kernel.block),
-            tirx.indexdiv(in_row, kernel.oc_tile),
-            tirx.indexmod(in_row, kernel.oc_tile),
-            tirx.indexdiv(pixel, lanes),
-            _lane_of(pixel, geometry),
-        ]
-        value = value + bias[oc]
+        place = (tirx.indexdiv(pixel, lanes), _lane_of(pixel, geometry))
+        value = sums[(n, tirx.indexdiv(y, rows), *_channel_place(kernel, oc), *place)] + bias[oc]
         if residual is not None:
             value = value + residual[n, oc, y, x]
         return activate(value, work.epilogue)
 
-    return te.compute(shape, element, name="out")
+    return te.compute((work.batch, work.out_channels, work.out_height, work.out_width), element, name="out")
+
+
+def _store_flat(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:
+    """Return what goes to the output, chunk by chunk: (N, OC, chunks, pixels of a chunk)."""
+    work, geometry = kernel.workload, kernel.geometry
+
+    def element(n: Any, oc: Any, chunk: Any, pixel: Any) -> Any:
+        place = (tirx.indexdiv(pixel, geometry.lanes), tirx.indexmod(pixel, geometry.lanes))
+        value = sums[(n, chunk, *_channel_place(kernel, oc), *place)] + bias[oc]
+        if residual is not None:
+            value = value + residual[n, oc, 0, geometry.flat_pixel(chunk, *place)]
+        return activate(value, work.epilogue)
+
+    return te.compute((work.batch, work.out_channels, geometry.chunks, geometry.pitch), element, name="out")
+
+
+def _channel_place(kernel: ConvKernel, oc: Any) -> tuple[Any, ...]:
+    """Return the group, block row, register tile and place in it of an output channel."""
+    per_group = kernel.workload.out_channels_per_group
+    in_group = tirx.indexmod(oc, per_group)
+    in_row = tirx.indexmod(in_group, kernel.block)
+    return (
+        tirx.indexdiv(oc, per_group),
+        tirx.indexdiv(in_group, kernel.block),
+        tirx.indexdiv(in_row, kernel.oc_tile),
+        tirx.indexmod(in_row, kernel.oc_tile),
+    )
+
+
+def _with_flat_output(func: tvm.tirx.PrimFunc, geometry: PixelGeometry, shape: tuple[int, ...]) -> tvm.tirx.PrimFunc:
+    """Let the last block store to an output (N, OC, OH, OW) at each chunk's place in the flat row.
+
+    Chunks may overlap at the end, which a TE computation cannot express: it has one iteration for each element.
+    """
+    out = tirx.decl_buffer(shape, "float32", name="out")
+
+    def moved(block: SBlock) -> SBlock:
+        store = block.body
+        n, oc, chunk, pixel = store.indices
+        vector, lane = tirx.indexdiv(pixel, geometry.lanes), tirx.indexmod(pixel, geometry.lanes)
+        place = [n, oc, tirx.const(0, "int32"), geometry.flat_pixel(chunk, vector, lane)]
+        region = [tvm.ir.Range.from_min_extent(index, 1) for index in place]
+        return SBlock(
+            block.iter_vars,
+            block.reads,
+            [BufferRegion(out, region)],
+            block.name_hint,
+            tirx.BufferStore(out, store.value, place),
+            annotations=block.annotations,
+        )
+
+    def within(node: Any) -> Any:
+        if isinstance(node, tirx.SeqStmt):
+            return tirx.SeqStmt([*node.seq[:-1], within(node.seq[-1])])
+        if isinstance(node, tirx.For):
+            return tirx.For(node.loop_var, node.min, node.extent, node.kind, within(node.body))
+        return SBlockRealize(node.iter_values, node.predicate, moved(node.block))
+
+    root = func.body.block
+    body = SBlock([], [], [], root.name_hint, within(root.body), alloc_buffers=root.alloc_buffers)
+    return tirx.PrimFunc([*func.params[:-1], out], SBlockRealize([], True, body), func.ret_type, func.attrs)
 
 
 def _lane_of(pixel: Any, geometry: PixelGeometry) -> Any:

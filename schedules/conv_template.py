@@ -24,6 +24,7 @@ import tvm_ffi
 from tvm import s_tir
 
 from tvm_nm.schedules.conv import CONV_RULE
+from tvm_nm.schedules.geometry import CopyScope
 
 __all__ = ["schedule_conv", "schedule_pad"]
 
@@ -55,7 +56,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     out = sch.get_consumers(sums)[0]
     groups = _attribute(sch, sums, "tvm_nm_groups")
     block = _attribute(sch, sums, "tvm_nm_block")
-    private_pad = bool(_attribute(sch, sums, "tvm_nm_private_pad"))
+    copy_scope = list(CopyScope)[_attribute(sch, sums, "tvm_nm_copy_scope")]
     oc_tile, vectors = (int(sch.get(loop).extent) for loop in sch.get_loops(sums)[5:7])
     block_rows = int(sch.get(sch.get_loops(sums)[3]).extent)
     default_vectors = _attribute(sch, sums, "tvm_nm_vectors_per_tile")
@@ -79,23 +80,24 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     sch.reorder(n, chunk, group, task_rows, channel, row, x)
     task = sch.fuse(n, chunk, group, task_rows)
     sch.parallel(task)
+    producers = {sch.get(producer).name_hint: producer for producer in sch.get_producers(sums)}
     if _attribute(sch, sums, "tvm_nm_store_from_registers"):
-        _store_from_registers(sch, sums, out, (channel, x), oc_tile, vectors_per_tile)
-        return [sch]
-
-    pads = [producer for producer in sch.get_producers(sums) if sch.get(producer).name_hint == "pad"]
-    if _attribute(sch, sums, "tvm_nm_kept_per_block"):
-        _accumulate_in_scratch(sch, sums, task, vectors_per_tile)
+        tile = _store_from_registers(sch, sums, out, (channel, x), oc_tile, vectors_per_tile)
+    elif _attribute(sch, sums, "tvm_nm_kept_per_block"):
+        tile = _accumulate_in_scratch(sch, sums, task, vectors_per_tile)
     else:
-        _accumulate_in_registers(sch, sums, task, vectors_per_tile)
-    for pad in pads:
-        schedule_pad(sch, pad, task if private_pad else None)
+        tile = _accumulate_in_registers(sch, sums, task, vectors_per_tile)
+    if "pad" in producers:
+        producers |= {sch.get(producer).name_hint: producer for producer in sch.get_producers(producers["pad"])}
+        schedule_pad(sch, producers["pad"], {CopyScope.TASK: task, CopyScope.TILE: tile}.get(copy_scope))
+    if "subsample" in producers:
+        schedule_pad(sch, producers["subsample"], None)
     return [sch]
 
 
 def _store_from_registers(
     sch: s_tir.Schedule, sums: Any, out: Any, loops: tuple[Any, Any], oc_tile: int, vectors_per_tile: Any
-) -> None:
+) -> Any:
     """Sum a register tile and store it through the epilogue; output rows of whole vectors need no scratch."""
     channel, x = loops
     lanes = int(sch.get(sch.get_loops(sums)[7]).extent)
@@ -109,9 +111,10 @@ def _store_from_registers(
     sch.compute_at(sums, tile, preserve_unit_loops=True)
     sch.set_scope(sums, 0, "local")
     _order_micro_kernel(sch, sums)
+    return tile_outer
 
 
-def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any) -> None:
+def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any) -> Any:
     """Sum a register tile over the whole reduction, then flush it to the task's scratch."""
     flush = sch.cache_write(sums, 0, "local")
     sch.compute_at(flush, task, preserve_unit_loops=True)
@@ -124,6 +127,7 @@ def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_
 
     sch.compute_at(sums, tile, preserve_unit_loops=True)
     _order_micro_kernel(sch, sums)
+    return tile_outer
 
 
 def _order_micro_kernel(sch: s_tir.Schedule, sums: Any) -> None:
@@ -140,7 +144,7 @@ def _order_micro_kernel(sch: s_tir.Schedule, sums: Any) -> None:
     sch.decompose_reduction(sums, reduction[0])
 
 
-def _accumulate_in_scratch(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any) -> None:
+def _accumulate_in_scratch(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any) -> Any:
     """Sum over blocks of the reduction, all block rows for each, so that a block's inputs stay in L1.
 
     With few output channels sharing a load, every FMA needs a load of its own: they must come from L1. LLVM keeps a
@@ -162,6 +166,7 @@ def _accumulate_in_scratch(sch: s_tir.Schedule, sums: Any, task: Any, vectors_pe
     sch.unroll(o)
     _unroll_taps(sch, [block_inner, *taps_loops], taps)
     sch.decompose_reduction(sums, block_outer)
+    return tile_outer
 
 
 def _split_tile(sch: s_tir.Schedule, vector: Any, vectors_per_tile: Any) -> tuple[Any, Any]:
@@ -179,14 +184,14 @@ def _unroll_taps(sch: s_tir.Schedule, reduction: Any, taps: int) -> None:
         sch.unroll(reduction[1])
 
 
-def schedule_pad(sch: s_tir.Schedule, pad: Any, task: Any | None) -> None:
-    """Schedule the padded copy: within `task` if its input belongs to that task alone, else parallel over channels.
+def schedule_pad(sch: s_tir.Schedule, pad: Any, within: Any | None) -> None:
+    """Schedule a copy of the input: where loop `within` needs it, or before the tasks, parallel over channels.
 
     The phases of one row are written side by side: their loads are neighbours, and LLVM splits them with shuffles.
     """
     annotations = sch.get(pad).annotations
-    if task is not None:
-        sch.compute_at(pad, task, preserve_unit_loops=True)
+    if within is not None:
+        sch.compute_at(pad, within, preserve_unit_loops=True)
     loops = sch.get_loops(pad)
     if "tvm_nm_plane" in annotations:
         loops = [*loops[:-1], *sch.split(loops[-1], [int(extent) for extent in annotations["tvm_nm_plane"]])]
@@ -194,5 +199,5 @@ def schedule_pad(sch: s_tir.Schedule, pad: Any, task: Any | None) -> None:
     phase_row, phase_column = sch.split(phase, [None, int(annotations["tvm_nm_phase_columns"])])
     sch.reorder(phase_row, row, column, phase_column)
     sch.unroll(phase_column)
-    if task is None:
+    if within is None:
         sch.parallel(sch.fuse(*outer, phase_row))

@@ -10,18 +10,39 @@ strided window again reads one phase contiguously.
 
 Output rows are cut into *chunks* of `rows_per_chunk`. A chunk is one unit of parallel work and its sums live in a
 scratch buffer that fits the cache; its pixels are counted in vectors of the machine's lanes.
+
+A pointwise convolution needs none of this: its pixels are read as one *flat* row of OH * OW, cut into whole vectors.
+Where the pixels are no multiple of the lanes, the last vector starts early enough to end with them, and what it
+shares with the one before is computed twice. The row is read in place, or each register tile's pixels are packed first:
+a vector of each input channel, one after another, as matrix multiplications do (Goto and van de Geijn, ACM TOMS 2008).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
+
+from tvm import tirx
 
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["PixelGeometry", "candidate_geometries"]
+__all__ = ["CopyScope", "PixelGeometry", "candidate_geometries"]
 
 _MAX_COLUMN_COPIES = 3
+
+
+class CopyScope(str, Enum):
+    """Who copies the input before it is read."""
+
+    NONE = "direct"
+    """Nobody: a flat row is read in place."""
+    LAYER = "padded"
+    """One padded copy serves all tasks, made before them."""
+    TASK = "own"
+    """Each task makes a padded copy of the rows that it reads: it stays in the cache, its planes are close."""
+    TILE = "packed"
+    """The pixels of each register tile of a flat row are packed for all the channels that the task computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +52,17 @@ class PixelGeometry:
     Attributes
     ----------
     workload
-        What is computed. A pointwise workload may have been reshaped (see `choose_geometry`).
+        What is computed.
     lanes
         float32 elements of one vector.
     pitch
         Elements from one row of the padded copy to the next.
     rows_per_chunk
         Output rows of one chunk.
+    copy
+        Who copies the input.
+    flat
+        The pixels are one row; a chunk is `pitch` of them. For 1x1 kernels without padding; others are padded.
     column_copies
         Hold one copy of the input for each kernel column, shifted so that every tap column starts where its pixels do.
         Then no load is shifted against its cache line by kx and no columns are thrown away, for `KW` times the copying.
@@ -48,14 +73,25 @@ class PixelGeometry:
     pitch: int
     rows_per_chunk: int
     column_copies: bool = False
+    copy: CopyScope = CopyScope.LAYER
+    flat: bool = False
+
+    def __post_init__(self) -> None:
+        scopes = (CopyScope.NONE, CopyScope.TILE) if self.flat else (CopyScope.LAYER, CopyScope.TASK)
+        if self.copy not in scopes:
+            raise ValueError(f"no {'flat' if self.flat else 'padded'} pixels with {self.copy}")
 
     @property
     def chunks(self) -> int:
+        if self.flat:
+            return -(-self.workload.out_pixels // self.pitch)
         return -(-self.workload.out_height // self.rows_per_chunk)
 
     @property
     def vectors(self) -> int:
         """Vectors of one chunk, from its first to its last wanted pixel."""
+        if self.flat:
+            return self.pitch // self.lanes
         pixels = (self.rows_per_chunk - 1) * self.pitch + self.workload.out_width
         return -(-pixels // self.lanes)
 
@@ -115,42 +151,64 @@ class PixelGeometry:
         phase = y % work.stride[0] * self.phase_columns + int(column_phase)
         return phase * self.plane + y // work.stride[0] * self.pitch + int(column)
 
+    def flat_pixel(self, chunk: Any, vector: Any, lane: Any) -> Any:
+        """Return the place in the flat row of a lane of a chunk's vector; every vector ends within the row."""
+        start = chunk * self.pitch + vector * self.lanes
+        if self.chunks * self.pitch > self.workload.out_pixels:
+            start = tirx.min(start, self.workload.out_pixels - self.lanes)
+        return start + lane
+
+    def allows_index(self, position: bool) -> bool:
+        """Whether a kernel with an index table, of positions or of channels, can have its input copied like this.
+
+        The copy holds what the table might name: all channels, which is too much where a task needs those of a group.
+        Offsets of positions are those of a whole plane.
+        """
+        if self.copy in (CopyScope.NONE, CopyScope.LAYER):
+            return True
+        return self.workload.groups == 1 and (self.flat or not position)
+
     @property
-    def reads_input_directly(self) -> bool:
-        """Whether the input itself serves as the padded copy: pointwise, and every row is whole vectors."""
-        work = self.workload
-        row = self.vectors * self.lanes
-        return work.is_pointwise and self.rows_per_chunk == 1 and self.pitch == work.width == row
+    def subsampled(self) -> bool:
+        """Whether a flat row is that of a copy without the pixels which a stride skips."""
+        return self.flat and self.workload.stride != (1, 1)
 
     @property
     def useful_share(self) -> float:
         """Share of the computed pixels that are output."""
-        return self.workload.out_height * self.workload.out_width / (self.chunks * self.vectors * self.lanes)
+        return self.workload.out_pixels / (self.chunks * self.vectors * self.lanes)
 
 
 def candidate_geometries(workload: ConvWorkload, lanes: int) -> list[PixelGeometry]:
-    """Return the layouts worth considering for a workload.
-
-    A pointwise workload with a multiple of `lanes` pixels is also offered as rows of whole vectors, which makes its
-    chunks contiguous and the padded copy unnecessary; one with other pixel counts as a single row.
-    """
-    found: list[PixelGeometry] = []
-    pixels = workload.out_height * workload.out_width
-    if workload.is_pointwise:
-        vectors = pixels // lanes
-        if pixels % lanes == 0:
-            for per_chunk in (d for d in range(1, vectors + 1) if vectors % d == 0):
-                flat = replace(workload, height=vectors // per_chunk, width=per_chunk * lanes)
-                found.append(PixelGeometry(flat, lanes, per_chunk * lanes, 1))
-        else:
-            flat = replace(workload, height=1, width=pixels)
-            found.append(PixelGeometry(flat, lanes, -(-pixels // lanes) * lanes, 1))
+    """Return the layouts worth considering for a workload."""
+    if workload.taps == 1 and not any(workload.padding) and workload.out_pixels >= lanes:
+        return _flat_geometries(workload, lanes)
     width = workload.out_width
     layouts = [(width + (workload.kernel[1] - 1) * workload.dilation[1] // workload.stride[1], False)]
     if 1 < workload.kernel[1] <= _MAX_COLUMN_COPIES:
         layouts += [(width, True)] + ([(-(-width // lanes) * lanes, True)] if width % lanes else [])
+    found: list[PixelGeometry] = []
     for chunks in range(1, min(workload.out_height, 64) + 1):
         rows = -(-workload.out_height // chunks)
         if -(-workload.out_height // rows) == chunks:
-            found.extend(PixelGeometry(workload, lanes, pitch, rows, copies) for pitch, copies in layouts)
+            found.extend(
+                PixelGeometry(workload, lanes, pitch, rows, columns, scope)
+                for pitch, columns in layouts
+                for scope in (CopyScope.LAYER, CopyScope.TASK)
+            )
     return found
+
+
+def _flat_geometries(workload: ConvWorkload, lanes: int) -> list[PixelGeometry]:
+    """Return the ways to cut a flat row into chunks of equally many vectors, with at most one vector in 16 too many."""
+    vectors = -(-workload.out_pixels // lanes)
+    sizes = {
+        -(-vectors // chunks)
+        for chunks in range(1, vectors + 1)
+        if chunks * -(-vectors // chunks) <= vectors + vectors // 16
+    }
+    return [
+        PixelGeometry(workload, lanes, size * lanes, 1, copy=scope, flat=True)
+        for size in sorted(sizes)
+        for scope in (CopyScope.NONE, CopyScope.TILE)
+    ]

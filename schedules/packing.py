@@ -119,7 +119,7 @@ def random_index_table(kernel: ConvKernel, rng: np.random.Generator) -> npt.NDAr
 def _offsets(kernel: ConvKernel) -> npt.NDArray[np.int64]:
     """Return the offset of every (input channel, ky, kx) of a group from a virtual pixel, flat."""
     work = kernel.workload
-    if kernel.geometry.reads_input_directly:
+    if kernel.geometry.flat:
         return np.arange(work.in_channels_per_group)  # the kernel indexes channels of the input itself
     taps = [kernel.geometry.tap_offset(ky, kx) for ky in range(work.kernel[0]) for kx in range(work.kernel[1])]
     channels = np.arange(work.in_channels_per_group) * kernel.channel_stride

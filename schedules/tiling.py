@@ -15,18 +15,28 @@ from __future__ import annotations
 import math
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
-from tvm_nm.schedules.geometry import PixelGeometry, candidate_geometries
+from tvm_nm.schedules.geometry import CopyScope, PixelGeometry, candidate_geometries
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["choose_kernel", "index_dtype", "oc_tiles", "predicted_cycles", "reduction_blocks", "variant"]
+__all__ = [
+    "choose_kernel",
+    "geometries_for",
+    "index_dtype",
+    "oc_tiles",
+    "predicted_cycles",
+    "reduction_blocks",
+    "variant",
+]
 
 _L1_BYTES = 40 * 1024
 _L2_BYTES_PER_CYCLE = 28.0
 _COPY_BYTES_PER_CYCLE = 8.0
+_OWN_COPY_BYTES_PER_CYCLE = 12.0
+_PACK_BYTES_PER_CYCLE = 16.0
 _FMA_LATENCY = 4.0
 _LOOP_OVERHEAD = 2.0
-_LOAD_SLOTS_PER_CYCLE = 1.4
+_LOAD_SLOTS_PER_CYCLE = 1.25
 _STRADDLE = 2.0
 _HALF_STRADDLE = 1.5
 _TASK_OVERHEAD = 300.0
@@ -36,6 +46,10 @@ _L2_BYTES = 1 << 20
 _STREAM_BYTES_PER_CYCLE = 12.0
 _NEAR_LINE_CYCLES = 8.0
 _FAR_LINE_CYCLES = 80.0
+# Packing starts many such loads at once.
+_PACKED_TOUCH = 0.5
+# A channel's inputs lie a whole plane after the previous one's: beyond L1, no prefetcher follows.
+_STRIDED_STEP_CYCLES = 1.5
 
 # Limits to try for a task's sums: they fit L1 beside the weights, or a part of L2.
 _SCRATCH_BYTES = (24 * 1024, 96 * 1024, 256 * 1024)
@@ -54,12 +68,16 @@ def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_
     bytes_per_channel = work.kernel[0] * copies * (vectors * geometry.lanes + work.kernel[1] - 1) * 4
     if bytes_per_channel * reduction_channels > _L1_BYTES:
         cycles = max(cycles, bytes_per_channel / work.taps / _L2_BYTES_PER_CYCLE)
+        if geometry.copy in (CopyScope.NONE, CopyScope.LAYER):
+            cycles += _STRIDED_STEP_CYCLES / work.kernel[1]
     return cycles + _LOOP_OVERHEAD
 
 
 def _load_slots(geometry: PixelGeometry) -> float:
     """Load slots of one input vector: two where it straddles a cache line."""
     work = geometry.workload
+    if geometry.flat:
+        return 1.0 if geometry.copy is CopyScope.TILE or work.out_pixels % geometry.lanes == 0 else _STRADDLE
     if work.taps == 1:
         return 1.0
     aligned_rows = geometry.pitch % geometry.lanes == 0 or work.kernel[0] == 1
@@ -83,11 +101,24 @@ def _chunk_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction
     return cycles + (_tile_cycles(geometry, oc_tile, rest, reduction_channels) if rest else 0.0)
 
 
-def _copy_cycles(geometry: PixelGeometry) -> float:
-    work = geometry.workload
-    if geometry.reads_input_directly:
-        return 0.0
-    return work.batch * work.in_channels * geometry.channel_size * 4 / _COPY_BYTES_PER_CYCLE
+def _copy_cycles(kernel: ConvKernel) -> float:
+    """Cycles of copying the input."""
+    geometry, work = kernel.geometry, kernel.workload
+    channels = work.batch * work.in_channels
+    tasks_of_chunk = -(-kernel.block_rows // kernel.rows_per_task)
+    cycles = 0.0
+    if geometry.subsampled:
+        cycles += channels * work.out_pixels * 4 / _COPY_BYTES_PER_CYCLE
+    if geometry.copy is CopyScope.TILE:
+        cycles += tasks_of_chunk * channels * geometry.chunks * geometry.pitch * 4 / _PACK_BYTES_PER_CYCLE
+    if geometry.copy is CopyScope.LAYER:
+        cycles += channels * geometry.channel_size * 4 / _COPY_BYTES_PER_CYCLE
+    if geometry.copy is CopyScope.TASK:
+        # Neighbouring chunks share rows, and the tasks of a group's channels each copy them.
+        rows = geometry.chunks * (geometry.rows_per_chunk + (work.kernel[0] - 1) * work.dilation[0] // work.stride[0])
+        size = rows * geometry.pitch * geometry.phases * 4
+        cycles += tasks_of_chunk * channels * size / _OWN_COPY_BYTES_PER_CYCLE
+    return cycles
 
 
 def _stream_cycles(kernel: ConvKernel) -> float:
@@ -101,11 +132,13 @@ def _stream_cycles(kernel: ConvKernel) -> float:
     tasks_of_chunk = -(-kernel.block_rows // kernel.rows_per_task)
     input_passes = tasks_of_chunk if chunk_bytes > _L2_BYTES else 1
     input_bytes = work.batch * geometry.chunks * chunk_bytes
-    if input_bytes <= _L2_BYTES and not geometry.reads_input_directly:
+    if input_bytes <= _L2_BYTES and geometry.copy is not CopyScope.NONE:
         input_passes = 0  # just copied, still in L2
     streamed = (weight_bytes * weight_passes + input_bytes * input_passes) / _STREAM_BYTES_PER_CYCLE
     # Each (pixel tile, channel) begins at another page: no prefetcher helps its first line.
     touches = work.batch * work.groups * pixel_tiles * kernel.kept_channels
+    if geometry.copy is CopyScope.TILE:
+        touches *= _PACKED_TOUCH
     far = input_passes if input_bytes > _L2_BYTES else 0
     return streamed + touches * (far * _FAR_LINE_CYCLES + (tasks_of_chunk - far) * _NEAR_LINE_CYCLES)
 
@@ -133,7 +166,7 @@ def predicted_cycles(kernel: ConvKernel) -> float:
     tasks = work.batch * geometry.chunks * work.groups * -(-kernel.block_rows // kernel.rows_per_task)
     return (
         tiles * (steps * step_cycles + _flush_cycles(kernel))
-        + _copy_cycles(geometry)
+        + _copy_cycles(kernel)
         + _stream_cycles(kernel)
         + _scratch_cycles(kernel)
         + tasks * _TASK_OVERHEAD
@@ -165,7 +198,7 @@ def choose_kernel(
     """
     if kept is None:
         kept = workload.in_channels_per_group * (workload.taps if index is IndexKind.POSITION else 1)
-    geometries = candidate_geometries(workload, machine.lanes)
+    geometries = geometries_for(workload, machine, index)
     variants = [
         variant(geometry, machine, block, oc_tile, index, kept, kept_per_block, scratch)
         for oc_tile in oc_tiles(workload, machine, block)
@@ -174,6 +207,12 @@ def choose_kernel(
         for scratch in _SCRATCH_BYTES
     ]
     return min(variants, key=predicted_cycles)
+
+
+def geometries_for(workload: ConvWorkload, machine: Machine, index: IndexKind) -> list[PixelGeometry]:
+    """Return the pixel layouts worth considering for a kernel with that kind of index."""
+    found = candidate_geometries(workload, machine.lanes)
+    return [g for g in found if index is IndexKind.NONE or g.allows_index(index is IndexKind.POSITION)]
 
 
 def oc_tiles(workload: ConvWorkload, machine: Machine, block: int | None) -> list[int]:
@@ -238,7 +277,7 @@ def variant(
         kept=kept,
         index_dtype=index_dtype(geometry, index),
         vectors_per_tile=vectors,
-        rows_per_task=_rows_per_task(geometry, machine, row_block, rows, scratch),
+        rows_per_task=_rows_per_task(geometry, machine, row_block, rows, scratch, kept_per_block),
         kept_per_block=kept_per_block,
     )
 
@@ -246,22 +285,29 @@ def variant(
 def index_dtype(geometry: PixelGeometry, index: IndexKind) -> str:
     """Return the smallest type that holds the entries of an index table."""
     entries = geometry.workload.in_channels
-    if index is IndexKind.POSITION and not geometry.reads_input_directly:
+    if index is IndexKind.POSITION and not geometry.flat:
         entries *= geometry.channel_size
+    if geometry.copy in (CopyScope.TASK, CopyScope.TILE):
+        # A remainder by the type's whole range would be simplified away (see `conv._sums`).
+        entries = (1 << (entries - 1).bit_length()) + 1
     return "uint8" if entries <= 1 << 8 else "uint16" if entries <= 1 << 16 else "int32"
 
 
-def _rows_per_task(geometry: PixelGeometry, machine: Machine, block: int, rows: int, scratch: int) -> int:
+def _rows_per_task(
+    geometry: PixelGeometry, machine: Machine, block: int, rows: int, scratch: int, kept_per_block: int
+) -> int:
     """Return as many block rows as fit the scratch while the tasks still divide evenly among the threads."""
     work = geometry.workload
     bytes_per_row = block * geometry.vectors * geometry.lanes * 4
     others = work.batch * geometry.chunks * work.groups
     if work.out_channels_per_group % block:
         return rows  # a short last block row: the task spans them all, so that the epilogue needs no bounds checks
+    # Where tiles are stored from registers there is no scratch.
+    limit = math.inf if geometry.flat and not kept_per_block else scratch
     best = 1
     for per_task in (d for d in range(2, rows + 1) if rows % d == 0):
         tasks = others * rows // per_task
         balanced = tasks % machine.threads == 0 or tasks >= 8 * machine.threads
-        if per_task * bytes_per_row <= scratch and balanced:
+        if per_task * bytes_per_row <= limit and balanced:
             best = per_task
     return best

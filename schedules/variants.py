@@ -17,10 +17,18 @@ import tvm
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
 from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, fc_prim_func
-from tvm_nm.schedules.geometry import PixelGeometry, candidate_geometries
+from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
-from tvm_nm.schedules.tiling import choose_kernel, index_dtype, oc_tiles, predicted_cycles, reduction_blocks, variant
+from tvm_nm.schedules.tiling import (
+    choose_kernel,
+    geometries_for,
+    index_dtype,
+    oc_tiles,
+    predicted_cycles,
+    reduction_blocks,
+    variant,
+)
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_prim_func
 from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidates, winograd_cycles
 
@@ -41,7 +49,7 @@ _BEST_LAYOUTS = 24
 _SAME_LAYOUT = 3
 
 _PIXEL = re.compile(
-    r"pixel (?P<tile>\d+)x(?P<vectors>\d+)(?: map (?P<h>\d+)x(?P<w>\d+))? pitch (?P<pitch>\d+)"
+    r"pixel (?P<tile>\d+)x(?P<vectors>\d+) (?P<copy>direct|padded|own|packed) pitch (?P<pitch>\d+)"
     r"(?P<copies> copies)? rows (?P<rows>\d+) task (?P<task>\d+)(?: cut (?P<cut>\d+))?"
 )
 _WINOGRAD = re.compile(
@@ -83,9 +91,7 @@ def variant_text(kernel: Kernel) -> str:
         text = f"winograd {kernel.tile} step {kernel.tiles_per_step}x{kernel.oc_vectors}"
         return f"{text} chunk {kernel.chunk_rows}x{kernel.chunk_columns}{' staged' if kernel.staged else ''}"
     geometry = kernel.geometry
-    text = f"pixel {kernel.oc_tile}x{kernel.vectors_per_tile}"
-    if kernel.workload.is_pointwise:
-        text += f" map {kernel.workload.height}x{kernel.workload.width}"
+    text = f"pixel {kernel.oc_tile}x{kernel.vectors_per_tile} {geometry.copy.value}"
     text += f" pitch {geometry.pitch}{' copies' if geometry.column_copies else ''} rows {geometry.rows_per_chunk}"
     text += f" task {kernel.rows_per_task}"
     return text + (f" cut {kernel.kept_per_block}" if kernel.kept_per_block else "")
@@ -109,14 +115,17 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     found = _PIXEL.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r:.100} is no variant of a convolution")
-    work = task.workload
-    if found["h"]:
-        height, width = int(found["h"]), int(found["w"])
-        if not work.is_pointwise or height * width != work.height * work.width:
-            raise ValueError(f"{text!r:.100} does not fit {task}")
-        work = replace(work, height=height, width=width)
-    geometry = PixelGeometry(work, machine.lanes, int(found["pitch"]), int(found["rows"]), bool(found["copies"]))
-    if geometry.pitch < work.out_width or not 1 <= geometry.rows_per_chunk <= work.out_height:
+    copy = CopyScope(found["copy"])
+    geometry = PixelGeometry(
+        task.workload,
+        machine.lanes,
+        int(found["pitch"]),
+        int(found["rows"]),
+        bool(found["copies"]),
+        copy,
+        flat=copy in (CopyScope.NONE, CopyScope.TILE),
+    )
+    if geometry not in geometries_for(task.workload, machine, task.index):
         raise ValueError(f"{text!r:.100} does not fit {task}")
     cut = int(found["cut"] or 0)
     tile, vectors, rows = int(found["tile"]), int(found["vectors"]), int(found["task"])
@@ -196,7 +205,7 @@ def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
         near = [k for k in near if k.tiles_per_step * k.oc_vectors <= _most_sums(machine, 1)]
         by_cycles = sorted(dict.fromkeys(near), key=lambda k: winograd_cycles(k, machine))
         return list[Kernel](by_cycles)
-    found = {*_decisions(kernel), *_chunk_steps(kernel), *_tile_steps(kernel, machine)} - {kernel}
+    found = {*_decisions(kernel), *_chunk_steps(kernel, machine), *_tile_steps(kernel, machine)} - {kernel}
     ordered = sorted((k for k in found if _is_valid(k, machine)), key=predicted_cycles)
     return list(ordered)
 
@@ -210,7 +219,7 @@ def _differences(one: WinogradKernel, other: WinogradKernel) -> int:
 def _layouts(task: KernelTask, machine: Machine) -> Iterator[ConvKernel]:
     block, kept = task.block or None, task.kept or task.inputs
     for tile in oc_tiles(task.workload, machine, block):
-        for geometry in candidate_geometries(task.workload, machine.lanes):
+        for geometry in geometries_for(task.workload, machine, task.index):
             for cut in reduction_blocks(kept, tile):
                 yield variant(geometry, machine, block, tile, task.index, kept, cut, _SCRATCH_LIMITS[1])
 
@@ -232,10 +241,10 @@ def _decisions(kernel: ConvKernel) -> list[ConvKernel]:
     return steps
 
 
-def _chunk_steps(kernel: ConvKernel) -> list[ConvKernel]:
+def _chunk_steps(kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
     """Return the next smaller and larger chunk, and the other pixel layouts with chunks as large."""
     here = kernel.geometry
-    geometries = candidate_geometries(kernel.workload, here.lanes)
+    geometries = geometries_for(kernel.workload, machine, kernel.index)
     same = sorted({g.vectors: g for g in geometries if _layout(g) == _layout(here)}.items())
     sizes = [size for size, _ in same]
     found = [geometry for size, geometry in same if size in _beside(sizes, here.vectors)]
@@ -261,9 +270,9 @@ def _tile_steps(kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
     ]
 
 
-def _layout(geometry: PixelGeometry) -> tuple[int, bool]:
-    """Return what stays when only the chunk changes; rows of a flattened 1x1 map are chunks themselves."""
-    return (0 if geometry.workload.is_pointwise else geometry.pitch), geometry.column_copies
+def _layout(geometry: PixelGeometry) -> tuple[CopyScope, int, bool]:
+    """Return what stays when only the chunk changes; the pitch of a flat row is its chunk."""
+    return geometry.copy, (0 if geometry.flat else geometry.pitch), geometry.column_copies
 
 
 def _is_valid(kernel: ConvKernel, machine: Machine) -> bool:

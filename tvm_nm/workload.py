@@ -111,6 +111,11 @@ class ConvWorkload:
         return (self.width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
 
     @property
+    def out_pixels(self) -> int:
+        """Output pixels of one channel."""
+        return self.out_height * self.out_width
+
+    @property
     def taps(self) -> int:
         """Kernel positions: KH * KW."""
         return self.kernel[0] * self.kernel[1]
@@ -135,8 +140,7 @@ class ConvWorkload:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the dense convolution."""
-        pixels = self.batch * self.out_height * self.out_width
-        return pixels * self.out_channels * self.in_channels_per_group * self.taps
+        return self.batch * self.out_pixels * self.out_channels * self.in_channels_per_group * self.taps
 
     def __str__(self) -> str:
         kh, kw = self.kernel

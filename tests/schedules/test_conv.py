@@ -130,7 +130,12 @@ def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str
     weights = masked_weights(case.work, case.block or 1, case.index, case.density, rng)
     target = TARGETS[case.target]
     chosen = kernel_of(case.work, case.index, case.block, weights, target)
-    geometry = draw(st.sampled_from(candidate_geometries(case.work, machine_of(target).lanes)))
+    geometries = [
+        geometry
+        for geometry in candidate_geometries(case.work, machine_of(target).lanes)
+        if case.index is IndexKind.NONE or geometry.allows_index(case.index is IndexKind.POSITION)
+    ]
+    geometry = draw(st.sampled_from(geometries))
     rows = chosen.block_rows
     kernel = replace(
         chosen,
@@ -215,7 +220,7 @@ def unpack(kernel: ConvKernel, values: np.ndarray, index: np.ndarray | None) -> 
     weights = np.zeros((work.out_channels, work.in_channels_per_group, work.taps), np.float32)
     taps = [(ky, kx) for ky in range(work.kernel[0]) for kx in range(work.kernel[1])]
     where = {
-        (0 if geometry.reads_input_directly else geometry.tap_offset(*tap)) + channel * kernel.channel_stride: (
+        (0 if geometry.flat else geometry.tap_offset(*tap)) + channel * kernel.channel_stride: (
             channel,
             t,
         )

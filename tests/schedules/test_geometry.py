@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_conv import workloads
 
-from tvm_nm.schedules.geometry import PixelGeometry, candidate_geometries
+from tvm_nm.schedules.geometry import CopyScope, PixelGeometry, candidate_geometries
 from tvm_nm.workload import ConvWorkload
 
 LANES = st.sampled_from([4, 8, 16])
@@ -18,8 +19,9 @@ LANES = st.sampled_from([4, 8, 16])
 @settings(max_examples=200, deadline=None)
 @given(workloads(), LANES, st.data())
 def test_every_tap_of_every_pixel(work: ConvWorkload, lanes: int, data: st.DataObject) -> None:
-    geometry = data.draw(st.sampled_from(candidate_geometries(work, lanes)))
-    work = geometry.workload
+    padded = [geometry for geometry in candidate_geometries(work, lanes) if not geometry.flat]
+    assume(padded)
+    geometry = data.draw(st.sampled_from(padded))
     top, left, _, _ = work.padding
     # What the kernel computes, thrown-away pixels included, lies within the phase's plane.
     last = (geometry.chunks - 1) * geometry.rows_per_chunk * geometry.pitch + geometry.vectors * lanes - 1
@@ -44,24 +46,50 @@ def test_candidates(work: ConvWorkload, lanes: int) -> None:
     found = candidate_geometries(work, lanes)
     assert found
     for geometry in found:
+        assert geometry.workload == work
         assert 0 < geometry.useful_share <= 1
-        assert (geometry.chunks - 1) * geometry.rows_per_chunk < geometry.workload.out_height
-        assert geometry.chunks * geometry.rows_per_chunk >= geometry.workload.out_height
-        assert geometry.pitch >= geometry.workload.out_width
-        assert geometry.vectors * lanes >= (geometry.rows_per_chunk - 1) * geometry.pitch + geometry.workload.out_width
-        # A reshaped workload is the same work.
-        assert geometry.workload.macs == work.macs
-        assert geometry.workload.height * geometry.workload.width == work.height * work.width
+        assert (geometry.chunks - 1) * geometry.rows_per_chunk < work.out_pixels
+        if geometry.flat:
+            assert geometry.chunks * geometry.pitch >= work.out_pixels
+            continue
+        assert (geometry.chunks - 1) * geometry.rows_per_chunk < work.out_height
+        assert geometry.chunks * geometry.rows_per_chunk >= work.out_height
+        assert geometry.pitch >= work.out_width
+        assert geometry.vectors * lanes >= (geometry.rows_per_chunk - 1) * geometry.pitch + work.out_width
 
 
-def test_pointwise_pixels_in_whole_vectors_are_read_from_the_input() -> None:
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), LANES)
+def test_the_vectors_of_a_flat_row_cover_its_pixels_and_no_others(
+    height: int, width: int, stride: int, lanes: int
+) -> None:
+    work = ConvWorkload(1, 2, 2, height, width, (1, 1), (stride, stride))
+    for geometry in (g for g in candidate_geometries(work, lanes) if g.flat):
+        vectors = itertools.product(range(geometry.chunks), range(geometry.vectors))
+        starts = {int(geometry.flat_pixel(chunk, vector, 0)) for chunk, vector in vectors}
+        assert {start + lane for start in starts for lane in range(lanes)} == set(range(work.out_pixels))
+
+
+def test_pointwise_pixels_are_a_flat_row_if_they_fill_a_vector() -> None:
+    for work in (
+        ConvWorkload(1, 8, 8, 28, 28, (1, 1)),
+        ConvWorkload(1, 8, 8, 7, 7, (1, 1)),
+        ConvWorkload(1, 8, 8, 32, 32, (1, 1), (2, 2)),
+    ):
+        found = candidate_geometries(work, 16)
+        assert all(g.flat for g in found)
+        assert {g.copy for g in found} == {CopyScope.NONE, CopyScope.TILE}
+        assert all(g.subsampled == (work.stride == (2, 2)) for g in found)
+    for work in (ConvWorkload(1, 8, 8, 3, 3, (1, 1)), ConvWorkload(1, 8, 8, 28, 28, (1, 1), padding=(1, 1, 1, 1))):
+        assert not any(g.flat for g in candidate_geometries(work, 16))
+
+
+def test_scopes_that_do_not_fit_are_refused() -> None:
     work = ConvWorkload(1, 8, 8, 28, 28, (1, 1))
-    direct = [g for g in candidate_geometries(work, 16) if g.reads_input_directly]
-    assert direct
-    assert all(g.useful_share == 1 and g.channel_size == 28 * 28 for g in direct)
-    assert not any(g.reads_input_directly for g in candidate_geometries(ConvWorkload(1, 8, 8, 7, 7, (1, 1)), 16))
-    strided = ConvWorkload(1, 8, 8, 32, 32, (1, 1), (2, 2))
-    assert not any(g.reads_input_directly for g in candidate_geometries(strided, 16))
+    with pytest.raises(ValueError, match="no padded pixels with"):
+        PixelGeometry(work, 16, 28, 28, copy=CopyScope.TILE)
+    with pytest.raises(ValueError, match="no flat pixels with"):
+        PixelGeometry(work, 16, 32, 1, copy=CopyScope.TASK, flat=True)
 
 
 def test_a_copy_for_each_kernel_column_starts_where_its_pixels_do() -> None:

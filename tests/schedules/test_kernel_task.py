@@ -139,7 +139,12 @@ def test_variants_of_a_fully_connected_layer() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "pixel 8x9 pitch 66 rows 8 task 1", "pixel 8x3 pitch 10 rows 8 task 1", "pixel 8x3 pitch 66 rows 8 task 7"],
+    [
+        "",
+        "pixel 8x9 padded pitch 66 rows 8 task 1",
+        "pixel 8x3 padded pitch 10 rows 8 task 1",
+        "pixel 8x3 padded pitch 66 rows 8 task 7",
+    ],
 )
 def test_a_text_that_fits_no_variant(text: str) -> None:
     task = KernelTask("conv", ConvWorkload(1, 64, 64, 64, 64, (3, 3), padding=(1, 1, 1, 1)), 1)

@@ -33,7 +33,7 @@ def assert_fits(kernel: ConvKernel, machine: Machine) -> None:
         indexed = (work.in_channels - 1) * kernel.channel_stride + 1
         indexed += (
             0
-            if geometry.reads_input_directly
+            if geometry.flat
             else max(geometry.tap_offset(ky, kx) for ky in range(work.kernel[0]) for kx in range(work.kernel[1]))
         )
     assert indexed - 1 <= np.iinfo(kernel.index_dtype).max

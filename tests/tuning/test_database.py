@@ -150,7 +150,7 @@ def test_damaged_lines_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 def test_a_record_that_no_variant_fits_is_not_used(tmp_path: Path) -> None:
     good = variants(DENSE)[0]
-    database = filled(tmp_path, Trial(DENSE, "pixel 9x9 pitch 1 rows 1 task 1", 1.0), Trial(DENSE, good, 300.0))
+    database = filled(tmp_path, Trial(DENSE, "pixel 9x9 padded pitch 1 rows 1 task 1", 1.0), Trial(DENSE, good, 300.0))
     best = database.best(DENSE)
     assert best is not None
     assert best.kernel == default_kernel(DENSE, MACHINE)

@@ -319,7 +319,7 @@ def _store(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Te
     def element(n: Any, oc: Any, y: Any, x: Any) -> Any:
         pixel = tirx.indexmod(y, rows) * geometry.pitch + x
         place = (tirx.indexdiv(pixel, lanes), _lane_of(pixel, geometry))
-        value = sums[(n, tirx.indexdiv(y, rows), *_channel_place(kernel, oc), *place)] + bias[oc]
+        value = sums(n, tirx.indexdiv(y, rows), *_channel_place(kernel, oc), *place) + bias[oc]
         if residual is not None:
             value = value + residual[n, oc, y, x]
         return activate(value, work.epilogue)
@@ -333,7 +333,7 @@ def _store_flat(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: 
 
     def element(n: Any, oc: Any, chunk: Any, pixel: Any) -> Any:
         place = (tirx.indexdiv(pixel, geometry.lanes), tirx.indexmod(pixel, geometry.lanes))
-        value = sums[(n, chunk, *_channel_place(kernel, oc), *place)] + bias[oc]
+        value = sums(n, chunk, *_channel_place(kernel, oc), *place) + bias[oc]
         if residual is not None:
             value = value + residual[n, oc, 0, geometry.flat_pixel(chunk, *place)]
         return activate(value, work.epilogue)

@@ -136,7 +136,7 @@ def _stream_cycles(kernel: ConvKernel) -> float:
         input_passes = 0  # just copied, still in L2
     streamed = (weight_bytes * weight_passes + input_bytes * input_passes) / _STREAM_BYTES_PER_CYCLE
     # Each (pixel tile, channel) begins at another page: no prefetcher helps its first line.
-    touches = work.batch * work.groups * pixel_tiles * kernel.kept_channels
+    touches: float = work.batch * work.groups * pixel_tiles * kernel.kept_channels
     if geometry.copy is CopyScope.TILE:
         touches *= _PACKED_TOUCH
     far = input_passes if input_bytes > _L2_BYTES else 0

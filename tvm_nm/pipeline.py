@@ -13,7 +13,6 @@ from tvm_nm.layer_report import LayerReport
 from tvm_nm.passes.concat import ConcatInPlace, MarkConcats
 from tvm_nm.passes.lower import Lower, layer_reports
 from tvm_nm.passes.power import QuarterPowers
-from tvm_nm.passes.reshapes import AbsorbReshapes
 from tvm_nm.schedules.apply import ApplyDefaultSchedules, pass_context
 from tvm_nm.schedules.tuned import TunedKernels
 
@@ -52,7 +51,6 @@ def scheduling_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
     """Return the passes that schedule the PrimFuncs and lower Relax to the virtual machine."""
     return [
         ApplyDefaultSchedules(target),
-        AbsorbReshapes(),
         relax.transform.ToNonDataflow(),
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),

@@ -269,8 +269,8 @@ class TuningDatabase(TrialTable):
             self.trials.setdefault(trial.task, {})[trial.variant] = trial
         self.finished.update(marks)
 
-    def commit_record(self, best: TunedKernel) -> None:
-        """Write a task's best variant as a record of MetaSchedule's, for those who build with its database.
+    def commit_records(self, found: Iterable[TunedKernel]) -> None:
+        """Write the best variants of tasks as records of MetaSchedule's, for those who build with its database.
 
         Such a record goes with one packed layout and one function; what a build needs to choose among layouts is in the
         trials. A schedule here is the template with its defaults, which the variant is.
@@ -279,19 +279,21 @@ class TuningDatabase(TrialTable):
 
         skip_tensor_intrinsics()
         with self._lock():
+            # Opened for each call, under the lock: it counts the lines of its file, which others may have added to.
             records = ms.database.JSONDatabase(work_dir=str(self.folder))
-            module = tvm.IRModule({"main": kernel_prim_func(best.kernel)})
-            schedule = s_tir.Schedule(module)
-            apply_template(schedule)
-            records.commit_tuning_record(
-                ms.database.TuningRecord(
-                    schedule.trace,
-                    records.commit_workload(module),
-                    [best.latency_us * 1e-6],
-                    self.target,
-                    ms.arg_info.ArgInfo.from_prim_func(module["main"]),
+            for best in found:
+                module = tvm.IRModule({"main": kernel_prim_func(best.kernel)})
+                schedule = s_tir.Schedule(module)
+                apply_template(schedule)
+                records.commit_tuning_record(
+                    ms.database.TuningRecord(
+                        schedule.trace,
+                        records.commit_workload(module),
+                        [best.latency_us * 1e-6],
+                        self.target,
+                        ms.arg_info.ArgInfo.from_prim_func(module["main"]),
+                    )
                 )
-            )
 
     def _lock(self) -> Any:
         from tvm_nm.tuning.requirements import need_filelock

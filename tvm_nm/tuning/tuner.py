@@ -227,10 +227,13 @@ def tune_tasks(
                 with laboratory.alone():
                     database.start(laboratory.calibrate())
             laboratory.yardstick_us = database.yardstick_us
-            for first in range(0, len(missing), group):
-                if time.perf_counter() > deadline:
-                    break
-                run.tune_group(laboratory, missing[first : first + group], deadline)
+            try:
+                for first in range(0, len(missing), group):
+                    if time.perf_counter() > deadline:
+                        break
+                    run.tune_group(laboratory, missing[first : first + group], deadline)
+            finally:
+                run.commit()
     return TuningSummary(
         database=str(database.folder),
         outcomes=tuple(_outcome(database, item, run) for item in tasks),
@@ -255,6 +258,7 @@ class _Run:
         self._trials = trials
         self._retune = retune
         self._building = building
+        self.done: list[KernelTask] = []
         self.tried: dict[KernelTask, set[str]] = {}
         self.failed: dict[KernelTask, int] = {}
         self.failures: dict[str, int] = {}
@@ -279,6 +283,12 @@ class _Run:
                     self._time(laboratory, search, [*batches[search.task], *again], libraries, _ROUNDS)
                     self._drop_losers(search, libraries)
                 self._finish(laboratory, over, libraries)
+
+    def commit(self) -> None:
+        """Write MetaSchedule's records of what is done: once, since its file takes a second or more to open."""
+        found = [best for best in map(self._database.measured, self.done) if best is not None]
+        if found:
+            self._database.commit_records(found)
 
     def _build(self, laboratory: Laboratory, candidates: list[Candidate], libraries: dict[Candidate, Path]) -> None:
         if not candidates:
@@ -326,11 +336,10 @@ class _Run:
             if finalists:
                 self._time(laboratory, search, finalists, libraries, _FINAL_ROUNDS)
             self._database.add([], {search.task: search.effort})
+            self.done.append(search.task)
             for candidate in [c for c in libraries if c.task == search.task]:
                 libraries.pop(candidate).unlink(missing_ok=True)
             best = self._database.measured(search.task)
-            if best is not None:
-                self._database.commit_record(best)
             default_us = search.tried.get(search.default, float("inf"))
             self._progress.finished(search.task, best.latency_us if best else float("inf"), default_us)
 

@@ -93,6 +93,11 @@ class TrialTable:
     finished: dict[KernelTask, str] = field(default_factory=dict)
     origin: Origin = "measured"
 
+    @property
+    def _predicted(self) -> Origin:
+        """What the table calls its predictions: those from another machine's times are no better than these."""
+        return "interpolated" if self.origin == "measured" else self.origin
+
     def tasks(self) -> tuple[KernelTask, ...]:
         """Return the tasks of which at least one variant was measured."""
         return tuple(task for task in self.trials if self.best_trials(task))
@@ -148,7 +153,7 @@ class TrialTable:
             latency_us = low.latency_us + share * (high.latency_us - low.latency_us)
             # Noise may turn an extrapolation around; half of the proportional time is a safe floor.
             latency_us = max(latency_us, nearest.latency_us * min(1.0, task.kept / nearest.task.kept) / 2)
-        return TunedKernel(task, kernel, latency_us, "interpolated")
+        return TunedKernel(task, kernel, latency_us, self._predicted)
 
     def _other_epilogue(self, task: KernelTask) -> TunedKernel | None:
         for other in self.trials:
@@ -157,7 +162,7 @@ class TrialTable:
                 found = self.measured(other)
                 kernel = None if found is None else self._kernel(variant_text(found.kernel), task)
                 if found is not None and kernel is not None:
-                    return TunedKernel(task, kernel, found.latency_us, "interpolated")
+                    return TunedKernel(task, kernel, found.latency_us, self._predicted)
         return None
 
     def _kernel(self, variant: str, task: KernelTask) -> Kernel | None:

@@ -19,7 +19,7 @@ from tvm_nm.plan import LayerChoice, Plan, near_names
 from tvm_nm.refit import DAMPING
 from tvm_nm.tensor_store import StoredTensor, TensorStore
 
-__all__ = ["LayerFit", "Options", "Reconstruction", "Walk", "reconstruct"]
+__all__ = ["LayerFit", "Options", "Reconstruction", "Walk", "measure_layer", "reconstruct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ def reconstruct(
         started = time.perf_counter()
         dense.advance(layer.position)
         pruned.advance(layer.position, result.weights)
-        moments = _measure(layer, dense, pruned, options, number)
+        moments = measure_layer(layer, dense, pruned, options, number)
         fit = _fit(network, layer, choice, moments, options, (importance or {}).get(layer.name))
         result.weights[layer.name] = fit.weights
         if choice is not None:
@@ -231,8 +231,20 @@ def _fit(
     return fit_layer(moments, weight, pattern, density, options.method, damping=options.damping, importance=importance)
 
 
-def _measure(layer: LayerNode, dense: Walk, pruned: Walk, options: Options, seed: int) -> Moments:
-    """Moments of the pruned network's inputs and of the outputs wanted of them."""
+def measure_layer(layer: LayerNode, dense: Walk, pruned: Walk, options: Options, seed: int) -> Moments:
+    """Take the moments of a layer's inputs in one network and of the outputs wanted of them.
+
+    Parameters
+    ----------
+    layer
+        The layer.
+    dense, pruned
+        The dense network and the one pruned so far, both at the cut before the layer; may be the same.
+    options
+        How much to look at.
+    seed
+        Of the choice of rows.
+    """
     network = dense.network
     run = network.segment(layer.position, layer.position + 1, [layer.output], threads=options.threads)
     other = _added(network, layer)

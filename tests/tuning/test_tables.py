@@ -11,7 +11,7 @@ import tvm
 
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, parse_task
 from tvm_nm.schedules.machine import machine_of
-from tvm_nm.schedules.variants import kernel_from_text
+from tvm_nm.schedules.variants import kernel_from_text, ranked_kernels, variant_text
 from tvm_nm.tuning import tables
 from tvm_nm.tuning.tables import family_of, shipped_kernels, tuned_kernels
 
@@ -29,16 +29,18 @@ def test_families() -> None:
 
 
 def test_shipped_records_are_found_by_family_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = json.dumps({"task": TASK, "variant": "pixel 8x3 pitch 58 rows 8 task 2", "us": 900.0})
+    task = parse_task(TASK)
+    kernel = ranked_kernels(task, machine_of(SKYLAKE), 4)[-1]
+    record = json.dumps({"task": TASK, "variant": variant_text(kernel), "us": 900.0})
     monkeypatch.setattr(tables, "_shipped_text", lambda family: f"{{}}\n{record}\n" if family == "avx512" else None)
     found = tuned_kernels(SKYLAKE)
     assert found is not None
-    best = found.best(parse_task(TASK))
+    best = found.best(task)
     assert best is not None
-    assert (best.origin, best.predicted, best.kernel.vectors_per_tile) == ("shipped", True, 3)
+    assert (best.origin, best.predicted, best.kernel) == ("shipped", True, kernel)
     assert tuned_kernels(HASWELL) is None
     # A prediction from another machine's times is theirs, too: it does not compare with this machine's.
-    other = found.best(parse_task(TASK).with_kept(16))
+    other = found.best(task.with_kept(16))
     assert other is not None
     assert other.origin == "shipped"
 

@@ -3,7 +3,7 @@
 A trial is one line of JSON: which task, which variant, and either its time or why it has none. The file's name has the
 templates' revision, so that trials of other revisions are not seen, and its first line says what the target is::
 
-    DIR/sapphirerapids/trials.r1.jsonl
+    DIR/sapphirerapids/trials.r2.jsonl
         {"format": "tvm_nm trials", "version": 1, "revision": 1, "target": {...}, "yardstick_us": 49.1}
         {"task": "conv 64x56x56->64 k1x1 bias+relu; dense; 1 thread", "variant": "pixel 8x3 ...", "us": 171.2}
         {"task": "...", "variant": "...", "error": "killed by SIGSEGV"}

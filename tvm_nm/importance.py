@@ -1,7 +1,9 @@
 """How much of a layer a candidate loses, judged by its weights alone.
 
-``l1`` is the criterion of Wu, Hong, Liu and Wu (ICPADS 2023): the L1 norm that is kept, summed over the network.
-``l2`` does the same with the squared L2 norm. What the layer computes is judged by `tvm_nm.output_error`.
+``l1`` is after the criterion of Wu, Hong, Liu and Wu (ICPADS 2023): the L1 norm that is kept, here as a share of each
+layer's own. Summed up as it is, a layer's norm says more of how large its inputs happen to be than of what it is worth,
+and plans sacrifice whole layers for it. ``l2`` does the same with the squared L2 norm. What a layer computes is judged by
+`tvm_nm.output_error`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ NORMS = ("l1", "l2")
 def add_norms(table: CostTable, weights: Mapping[str, NDArray[Any]], groups: Mapping[str, int]) -> CostTable:
     """Add the errors and sensitivities of the metrics `l1` and `l2` to a table.
 
-    A candidate's error is the share of the layer's norm that its mask drops, and a layer's sensitivity is its share of
-    the norm of all layers that can be pruned: the sum of losses is the share of the network's norm that is dropped.
+    A candidate's error is the share of the layer's norm that its mask drops, and all layers that can be pruned are as
+    sensitive: the sum of losses is the mean share that is dropped.
 
     Parameters
     ----------
@@ -43,7 +45,6 @@ def add_norms(table: CostTable, weights: Mapping[str, NDArray[Any]], groups: Map
     PlanError
         If a weight is missing or not finite, or a candidate's pattern does not go with it.
     """
-    norms: dict[str, dict[str, float]] = {}
     errors: dict[str, list[dict[str, float]]] = {}
     for layer in table.layers:
         if not layer.can_be_pruned:
@@ -53,19 +54,14 @@ def add_norms(table: CostTable, weights: Mapping[str, NDArray[Any]], groups: Map
         magnitude = np.abs(weights[layer.name]).astype(np.float32)
         parts = {"l1": magnitude, "l2": np.square(magnitude)}
         totals = {metric: float(part.sum(dtype=np.float64)) for metric, part in parts.items()}
-        norms[layer.name] = totals
         errors[layer.name] = [
             _dropped(candidate, magnitude, parts, totals, layer.name, groups.get(layer.name, 1))
             for candidate in layer.candidates
         ]
-    sums = {metric: sum(norm[metric] for norm in norms.values()) for metric in NORMS}
     layers = []
     for layer in table.layers:
-        if layer.name in norms:
-            share = {m: norms[layer.name][m] / sums[m] if sums[m] else 0.0 for m in NORMS}
-            found = errors[layer.name]
-        else:
-            share, found = dict.fromkeys(NORMS, 0.0), [dict.fromkeys(NORMS, 0.0)] * len(layer.candidates)
+        share = dict.fromkeys(NORMS, 1 / len(errors) if layer.name in errors else 0.0)
+        found = errors.get(layer.name) or [dict.fromkeys(NORMS, 0.0)] * len(layer.candidates)
         candidates = tuple(
             dataclasses.replace(candidate, errors={**candidate.errors, **error})
             for candidate, error in zip(layer.candidates, found, strict=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tvm_nm import __version__
+from tvm_nm.cli_options import calibration_images as _images
+from tvm_nm.cli_options import calibration_options as _calibration_options
 from tvm_nm.cli_options import emit_json as _emit
 from tvm_nm.cli_options import parse_shape_options as _shapes
 from tvm_nm.cli_plan import goal_options, has_goal, make_planned, plan_command
@@ -22,7 +24,6 @@ from tvm_nm.environment import check_environment
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tvm_nm.pruning import Images
 
 # The commands import what they need themselves, so that `tvm-nm --help` need not wait for TVM.
 
@@ -67,27 +68,6 @@ def _prune_options(command: _F) -> _F:
             type=click.Choice(("magnitude", "ls", "obs")),
             help="Drop the smallest weights; the smallest, refitting the rest; or by what it costs after refitting. "
             "[default: obs with calibration data, else magnitude]",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _calibration_options(command: _F) -> _F:
-    options = (
-        click.option(
-            "--calib",
-            type=click.Path(path_type=Path),
-            metavar="DATA",
-            help="Calibration images without labels, to refit the weights that are left: a folder, .npy or .npz file.",
-        ),
-        click.option("--calib-images", type=click.IntRange(min=1), metavar="N", help="Images to use. [default: 1024]"),
-        click.option(
-            "--preprocess",
-            metavar="TEXT",
-            help="From pixels to inputs: resize=256,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,scale=255,order=rgb, "
-            "which are the defaults.",
         ),
     )
     for option in reversed(options):
@@ -171,7 +151,8 @@ def compile_command(
     planned = None
     with Steps() as steps:
         if has_goal(planning):
-            common = {"include": include, "exclude": exclude, "threads": threads, "target": target}
+            common: dict[str, Any] = {"include": include, "exclude": exclude, "threads": threads, "target": target}
+            common |= {"images": _images(calib, calib_images, preprocess), "database": database, "untuned": untuned}
             planned = make_planned(model, {**planning, **common, "shapes": _shapes(shapes)}, steps)
         built = compile_model(
             model,
@@ -367,19 +348,3 @@ def _print(table: Table) -> None:
     from tvm_nm.report import to_text
 
     click.echo(to_text(table), nl=False)
-
-
-def _images(calib: Path | None, limit: int | None, preprocess: str | None) -> Images | None:
-    """Calibration data as the options say, opened when the input's shape is known."""
-    from tvm_nm.calibration import DEFAULT_IMAGES, CalibrationImages, Preprocessing, open_images
-
-    if calib is None:
-        if limit or preprocess:
-            raise click.UsageError("--calib-images and --preprocess need --calib")
-        return None
-    preprocessing = Preprocessing.parse(preprocess) if preprocess else None
-
-    def opened(shape: tuple[int, ...]) -> CalibrationImages:
-        return open_images(calib, shape, limit=limit or DEFAULT_IMAGES, preprocessing=preprocessing)
-
-    return opened

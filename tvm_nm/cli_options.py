@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from tvm_nm.errors import UnsupportedModelError
 
-__all__ = ["emit_json", "parse_shape_options"]
+if TYPE_CHECKING:
+    from tvm_nm.pruning import Images
+
+__all__ = ["calibration_images", "calibration_options", "emit_json", "parse_shape_options"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def parse_shape_options(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -38,3 +44,41 @@ def emit_json(data: dict[str, Any], json_file: str | None) -> None:
         click.echo(text, nl=False)
     else:
         Path(json_file).write_text(text, encoding="utf-8")
+
+
+def calibration_options(command: _F) -> _F:
+    """Add the options that say where calibration images come from."""
+    options = (
+        click.option(
+            "--calib",
+            type=click.Path(path_type=Path),
+            metavar="DATA",
+            help="Calibration images without labels, to refit the weights that are left: a folder, .npy or .npz file.",
+        ),
+        click.option("--calib-images", type=click.IntRange(min=1), metavar="N", help="Images to use. [default: 1024]"),
+        click.option(
+            "--preprocess",
+            metavar="TEXT",
+            help="From pixels to inputs: resize=256,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,scale=255,order=rgb, "
+            "which are the defaults.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def calibration_images(calib: Path | None, limit: int | None, preprocess: str | None) -> Images | None:
+    """Calibration data as the options say, opened when the input's shape is known."""
+    from tvm_nm.calibration import DEFAULT_IMAGES, CalibrationImages, Preprocessing, open_images
+
+    if calib is None:
+        if limit or preprocess:
+            raise click.UsageError("--calib-images and --preprocess need --calib")
+        return None
+    preprocessing = Preprocessing.parse(preprocess) if preprocess else None
+
+    def opened(shape: tuple[int, ...]) -> CalibrationImages:
+        return open_images(calib, shape, limit=limit or DEFAULT_IMAGES, preprocessing=preprocessing)
+
+    return opened

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tvm_nm.cli_options import emit_json, parse_shape_options
+from tvm_nm.cli_options import calibration_images, calibration_options, emit_json, parse_shape_options
 from tvm_nm.console import Steps
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ __all__ = ["goal_options", "has_goal", "make_planned", "plan_command"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_METRICS = ("l1", "l2")
+_METRICS = ("l1", "l2", "output")
 
 
 def goal_options(command: _F) -> _F:
@@ -30,7 +30,11 @@ def goal_options(command: _F) -> _F:
         click.option("--budget", metavar="B", help="Time budget: share of the dense time (0.6, 60%) or a time (25ms)."),
         click.option("--speedup", type=float, metavar="S", help="Time budget as a speed-up over the dense network."),
         click.option("--max-loss", type=float, metavar="L", help="Largest loss; the plan takes the least time."),
-        click.option("--metric", type=click.Choice(_METRICS), default="l1", show_default=True, help="What a loss is."),
+        click.option(
+            "--metric", type=click.Choice(_METRICS), help="What a loss is. [default: output with --calib, or l1]"
+        ),
+        click.option("--search", is_flag=True, help="Search the layers' sensitivities on calibration images."),
+        click.option("--trials", type=click.IntRange(min=1), default=100, show_default=True, help="Of the search."),
         click.option(
             "--costs",
             type=click.Path(path_type=Path),
@@ -73,7 +77,7 @@ def has_goal(options: dict[str, Any]) -> bool:
 
 
 def make_planned(model: Path, options: dict[str, Any], progress: Callable[[str], None]) -> Planned:
-    """Plan a model with the options of `goal_options`, and `include`, `exclude`, `threads`, `target`, `shapes`."""
+    """Plan a model with the options of `goal_options`, and what `tvm-nm compile` has under the same names."""
     from tvm_nm.constraints import Constraints
     from tvm_nm.cost_measure import DEFAULT_DENSITIES, DEFAULT_PATTERNS, CandidateGrid
     from tvm_nm.errors import PlanError
@@ -111,6 +115,10 @@ def make_planned(model: Path, options: dict[str, Any], progress: Callable[[str],
         exclude=options["exclude"],
         metric=options["metric"],
         constraints=Constraints(rules, tied, options["max_bytes"], options["max_macs"]),
+        images=options["images"],
+        trials=options["trials"] if options["search"] else 0,
+        database=options["database"],
+        shipped_records=not options["untuned"],
         rounds=options["plan_rounds"],
         seconds=options["measure_seconds"],
         threads=options["threads"],
@@ -126,6 +134,9 @@ def make_planned(model: Path, options: dict[str, Any], progress: Callable[[str],
 @goal_options
 @click.option("--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers alone.")
+@calibration_options
+@click.option("--db", "database", type=click.Path(path_type=Path), metavar="DIR", help="Tuning database to build with.")
+@click.option("--untuned", is_flag=True, help="Do not use the tuned records that come with tvm-nm.")
 @click.option("--front", type=click.Path(path_type=Path), metavar="FILE", help="Write the whole Pareto front as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: .svg, .png or .html.")
 @click.option("--check", type=click.Path(path_type=Path), metavar="PLAN", help="Check a plan against MODEL instead.")
@@ -149,6 +160,7 @@ def plan_command(
     Measures what layers take at each candidate, plans, builds the plan, measures it beside the dense network, corrects
     and plans again until the measured time meets the budget.
     """
+    options["images"] = calibration_images(options.pop("calib"), options.pop("calib_images"), options.pop("preprocess"))
     options["shapes"] = parse_shape_options(options["shapes"])
     if diff:
         _diff(*diff, json_file)

@@ -36,7 +36,7 @@ from tvm_nm.pruning import prune_by_plan
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel, release_memory
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
-from tvm_nm.tuning.tables import tuned_kernels
+from tvm_nm.schedules.tuned import TunedKernels
 
 __all__ = ["DEFAULT_DENSITIES", "DEFAULT_PATTERNS", "TEMPLATE_REVISION", "CandidateGrid", "build_plan", "measure_costs"]
 
@@ -121,6 +121,7 @@ def measure_costs(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    tuned: TunedKernels | None = None,
     seconds: float = 20.0,
     progress: Callable[[str], None] | None = None,
 ) -> CostTable:
@@ -137,6 +138,8 @@ def measure_costs(
     include, exclude
         Globs of layers to prune although they are spared by default, and to leave alone; see
         `tvm_nm.plan.uniform_plan`.
+    tuned
+        Tuned kernel variants to build with.
     seconds
         How long to measure, at least; a slow network takes more.
     progress
@@ -165,7 +168,7 @@ def measure_costs(
             label = str(pattern) if pattern.fixed_density is not None else f"{pattern} at {density:g}"
             step(f"building {number + 1} of {len(wanted)}: {label}")
             plan = Plan(tuple(LayerChoice(name, pattern, density) for name in names))
-            model = build_plan(imported, plan, target, Path(folder) / str(number))
+            model = build_plan(imported, plan, target, Path(folder) / str(number), tuned)
             builds.append(_Build(pattern, density, model))
         step(f"measuring {len(builds)} builds in turns, {len(layers)} layers each")
         times, fixed_us = _profile(builds, seconds)
@@ -182,11 +185,17 @@ def measure_costs(
     )
 
 
-def build_plan(imported: ImportedModel, plan: Plan, target: tvm.target.Target, directory: Path) -> CompiledModel:
+def build_plan(
+    imported: ImportedModel,
+    plan: Plan,
+    target: tvm.target.Target,
+    directory: Path,
+    tuned: TunedKernels | None = None,
+) -> CompiledModel:
     """Prune and build a model that is imported already, unverified, into a new directory, to be measured."""
     directory.mkdir()
     module, _ = prune_by_plan(imported.module, plan)
-    built = build_executable(module, target, always_sparse=True, tuned=tuned_kernels(target))
+    built = build_executable(module, target, always_sparse=True, tuned=tuned)
     del module
     manifest = write_library(imported, model_sha256(imported), built, target, directory)
     del built

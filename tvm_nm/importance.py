@@ -1,9 +1,9 @@
 """How much of a layer a candidate loses, judged by its weights alone.
 
 ``l1`` is after the criterion of Wu, Hong, Liu and Wu (ICPADS 2023): the L1 norm that is kept, here as a share of each
-layer's own. Summed up as it is, a layer's norm says more of how large its inputs happen to be than of what it is worth,
-and plans sacrifice whole layers for it. ``l2`` does the same with the squared L2 norm. What a layer computes is judged by
-`tvm_nm.output_error`.
+layer's own. Summed up as it is, a layer's norm says more of how large its inputs happen to be than of what it is
+worth, and plans sacrifice whole layers for it. ``l2`` does the same with the squared L2 norm. What a layer computes is
+judged by `tvm_nm.output_error`.
 """
 
 from __future__ import annotations

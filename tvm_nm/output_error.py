@@ -1,8 +1,10 @@
 """How much of what a network computes a candidate loses, judged on calibration images without labels.
 
-A candidate's error is the squared change of its layer's output over what is left of the output's energy: e / (1 - e) for
-a change of the share e, with the other layers dense. It grows without limit as a layer loses everything, which a network
-does not survive however small the layer; as a plain share the planner would spend whole layers. What such an error does to the network's answers is found by pruning one layer at a time and looking at the
+A candidate's error is the squared change of its layer's output over what is left of the output's energy: e / (1 - e)
+for a change of the share e, with the other layers dense. It grows without limit as a layer loses everything, which a
+network does not survive however small the layer; for a plain share the planner would give whole layers away.
+
+What such an error does to the network's answers is found by pruning one layer at a time and looking at the
 Kullback-Leibler divergence from the dense answers, as SPDY's loss-guided sensitivities do (Frantar and Alistarh, ICML
 2022): the slope of the divergence over the error is the layer's sensitivity.
 """
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from tvm_nm.costs import Candidate, CostTable, LayerCosts
 from tvm_nm.perturbed import MagnitudeWeights, PerturbedNetwork, WeightSource, kl_divergence
 
-__all__ = ["OUTPUT", "add_output_errors", "probe_candidates"]
+__all__ = ["MOST_IMAGES", "OUTPUT", "add_output_errors", "probe_candidates"]
 
 OUTPUT = "output"
 """Name of the importance metric."""
@@ -28,7 +30,9 @@ _PROBE_ERRORS = (0.1, 0.4)
 """Layers are perturbed by candidates of about these errors: around where plans take them."""
 _MAC_LIMIT = 3e12
 """Multiply-accumulates to spend on either of the two, about a minute's worth; images are left out beyond."""
-_LEAST_IMAGES, _MOST_IMAGES = 8, 256
+_LEAST_IMAGES = 8
+MOST_IMAGES = 256
+"""Calibration images that are looked at, at most."""
 _BATCH = 16
 
 
@@ -104,7 +108,7 @@ def probe_candidates(layer: LayerCosts, errors: Sequence[float]) -> list[int]:
 
 
 def _images(affordable: float) -> int:
-    return int(np.clip(affordable, _LEAST_IMAGES, _MOST_IMAGES))
+    return int(np.clip(affordable, _LEAST_IMAGES, MOST_IMAGES))
 
 
 def _errors(

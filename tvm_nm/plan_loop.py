@@ -28,6 +28,7 @@ from tvm_nm.planner import Planner, Solution
 from tvm_nm.planning import make_plan
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel
+from tvm_nm.schedules.tuned import TunedKernels
 
 __all__ = ["MAX_ROUNDS", "TOLERANCE", "LoopResult", "LoopRound", "close_loop", "describe_rounds", "predicted_us"]
 
@@ -98,6 +99,7 @@ def close_loop(
     *,
     constraints: Constraints | None = None,
     first: Plan | None = None,
+    tuned: TunedKernels | None = None,
     rounds: int = MAX_ROUNDS,
     seconds: float = 6.0,
     progress: Callable[[str], None] | None = None,
@@ -116,6 +118,8 @@ def close_loop(
         Where builds go; they are left there.
     first
         The plan to begin with, for instance one that was searched; default: the planner's.
+    tuned
+        Tuned kernel variants to build with.
     rounds
         Plans to build, at most.
     seconds
@@ -131,7 +135,7 @@ def close_loop(
     step = progress or (lambda _: None)
     step("building the dense network")
     dense_us = table.dense_us  # what shares are shares of, however the table is corrected
-    dense = build_plan(imported, Plan(), target, directory / "dense")
+    dense = build_plan(imported, Plan(), target, directory / "dense", tuned)
     done: list[LoopRound] = []
     seen: set[tuple[object, ...]] = set()
     for number in range(rounds):
@@ -144,7 +148,7 @@ def close_loop(
             break
         seen.add(plan.layers)
         step(f"building plan {number + 1}")
-        model = build_plan(imported, plan, target, directory / f"plan{number + 1}")
+        model = build_plan(imported, plan, target, directory / f"plan{number + 1}", tuned)
         step(f"measuring plan {number + 1} in turns with the dense network")
         measured = _measure(dense, model, seconds)
         done.append(LoopRound(plan, predicted / dense_us, measured.share, measured.dense_us / 1e3))

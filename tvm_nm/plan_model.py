@@ -11,9 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import onnx
 import tvm
+from numpy.typing import NDArray
 
+from tvm_nm.calibration import CalibrationImages, embedded_images
 from tvm_nm.compiler import model_sha256, processor, resolve_target
 from tvm_nm.constraints import Constraints
 from tvm_nm.cost_measure import CandidateGrid, measure_costs
@@ -23,14 +26,25 @@ from tvm_nm.errors import EnvironmentMismatchError, PlanError
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.importance import NORMS, add_norms
 from tvm_nm.inventory import inventory, layer_weights
+from tvm_nm.linker import file_sha256
+from tvm_nm.output_error import MOST_IMAGES, OUTPUT, add_output_errors
+from tvm_nm.perturbed import MagnitudeWeights, PerturbedNetwork
 from tvm_nm.plan import Plan
 from tvm_nm.plan_check import check_match
 from tvm_nm.plan_loop import MAX_ROUNDS, LoopResult, close_loop
+from tvm_nm.plan_search import SearchResult, search_plan
 from tvm_nm.planner import FrontPoint, Planner, Solution
 from tvm_nm.planning import Goal, UniformPoint, make_plan, uniform_points
+from tvm_nm.pruning import Images, open_for
+from tvm_nm.reference import reference_model_path
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
+from tvm_nm.schedules.tuned import TunedKernels
+from tvm_nm.tuning.tables import tuned_kernels
 
-__all__ = ["Planned", "cost_table", "plan_model"]
+__all__ = ["Planned", "cost_table", "plan_model", "with_importance"]
+
+_SEARCH_MACS = 6e12
+"""Multiply-accumulates to spend on a search: minutes; images are left out beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,8 @@ class Planned:
         What one pattern and density for all comes to.
     loop
         What was built and measured; None where nothing was.
+    search
+        What the search over sensitivities found; None where there was none.
     """
 
     plan: Plan
@@ -63,6 +79,7 @@ class Planned:
     front: tuple[FrontPoint, ...]
     uniform: tuple[UniformPoint, ...]
     loop: LoopResult | None
+    search: SearchResult | None = None
 
     def front_dict(self) -> dict[str, Any]:
         """Return the front as JSON-ready values."""
@@ -107,8 +124,12 @@ def plan_model(
     grid: CandidateGrid | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    metric: str = "l1",
+    metric: str | None = None,
     constraints: Constraints | None = None,
+    images: Images | None = None,
+    trials: int = 0,
+    database: str | os.PathLike[str] | None = None,
+    shipped_records: bool = True,
     rounds: int = MAX_ROUNDS,
     seconds: float = 20.0,
     threads: int | None = None,
@@ -132,9 +153,15 @@ def plan_model(
     include, exclude
         Globs of layers to prune although they are spared by default, and to leave alone, when costs are measured.
     metric
-        Importance metric.
+        Importance metric: `l1`, `l2` or `output`; default: `output` where there are `images`, else `l1`.
     constraints
         What the plan may do to which layer.
+    images
+        Calibration data without labels, as for `tvm_nm.compile`.
+    trials
+        Search the layers' sensitivities with so many trials; needs a time budget and `images`.
+    database, shipped_records
+        Tuned records to build with, as for `tvm_nm.compile`.
     rounds
         Plans to build and measure, at most; with 0 the table's prediction is trusted.
     seconds
@@ -158,14 +185,31 @@ def plan_model(
     chosen = resolve_target(target, threads)
     step("importing")
     imported = import_onnx(model, shapes=shapes, verify=False)
-    table = cost_table(imported, chosen, costs, grid, include=include, exclude=exclude, seconds=seconds, progress=step)
+    tuned = tuned_kernels(chosen, database, shipped=shipped_records)
+    data = open_for(imported, images)
+    if data is None and model_sha256(imported) == file_sha256(reference_model_path()):
+        data = embedded_images()
+    metric = metric or ("l1" if data is None else OUTPUT)
+    table = cost_table(
+        *(imported, chosen, costs, grid),
+        include=include,
+        exclude=exclude,
+        tuned=tuned,
+        seconds=seconds,
+        progress=step,
+    )
     if metric not in table.metrics:
-        table = with_importance(imported, table, metric)
+        table = with_importance(imported, table, metric, data, step)
         if costs is not None and not isinstance(costs, CostTable):
             table.save(costs)
     step("planning")
     planner = Planner(table, metric, constraints)
     solution = goal.solve(planner)
+    search = None
+    if trials:
+        search = _search(imported, table, metric, goal, data, constraints, trials, step)
+        table, metric, solution = search.table, "search", search.solution
+        planner = Planner(table, metric, constraints)
     front, uniform, dense_us = planner.front(), uniform_points(table, metric), table.dense_us
     budget_us = solution.time_us if goal.max_loss is not None else goal.budget_us(table)
     plan = make_plan(table, solution, metric, budget_us)
@@ -182,12 +226,13 @@ def plan_model(
                 Path(folder),
                 constraints=constraints,
                 first=plan,
+                tuned=tuned,
                 rounds=1 if goal.max_loss is not None else rounds,
                 seconds=seconds / 3,
                 progress=step,
             )
         plan, table = loop.chosen.plan, loop.table
-    return Planned(plan, table, metric, budget_us, dense_us, front, uniform, loop)
+    return Planned(plan, table, metric, budget_us, dense_us, front, uniform, loop, search)
 
 
 def cost_table(
@@ -198,6 +243,7 @@ def cost_table(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    tuned: TunedKernels | None = None,
     seconds: float = 20.0,
     progress: Callable[[str], None] | None = None,
 ) -> CostTable:
@@ -226,7 +272,9 @@ def cost_table(
         patterns = tuple(pattern for pattern in grid.patterns if str(pattern) not in known)
         grid = dataclasses.replace(grid, patterns=patterns)
     _check_measurable(target)
-    found = measure_costs(imported, target, grid, include=include, exclude=exclude, seconds=seconds, progress=progress)
+    found = measure_costs(
+        imported, target, grid, include=include, exclude=exclude, tuned=tuned, seconds=seconds, progress=progress
+    )
     table = found if table is None else merge_tables(table, found)
     table = with_importance(imported, table, "l1")
     if path is not None:
@@ -234,18 +282,63 @@ def cost_table(
     return table
 
 
-def with_importance(imported: ImportedModel, table: CostTable, metric: str) -> CostTable:
+def with_importance(
+    imported: ImportedModel,
+    table: CostTable,
+    metric: str,
+    data: CalibrationImages | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CostTable:
     """Add an importance metric to a table.
 
     Raises
     ------
     PlanError
-        If there is no such metric.
+        If there is no such metric, or it needs calibration data and there are none.
     """
-    if metric not in NORMS:
-        raise PlanError(f"there is no importance metric {metric!r}; there are {', '.join(NORMS)}")
+    if metric not in (*NORMS, OUTPUT):
+        raise PlanError(f"there is no importance metric {metric!r}; there are {', '.join((*NORMS, OUTPUT))}")
     groups = {layer.name: layer.groups for layer in inventory(imported.module)}
-    return add_norms(table, layer_weights(imported.module), groups)
+    weights = layer_weights(imported.module)
+    table = add_norms(table, weights, groups)
+    if metric != OUTPUT:
+        return table
+    if data is None:
+        raise PlanError("the importance metric 'output' needs calibration images; give --calib")
+    network = PerturbedNetwork(imported.onnx, [layer.name for layer in table.layers if layer.can_be_pruned])
+    return add_output_errors(table, network, _first_images(data), weights, groups, progress=progress)
+
+
+def _search(
+    imported: ImportedModel,
+    table: CostTable,
+    metric: str,
+    goal: Goal,
+    data: CalibrationImages | None,
+    constraints: Constraints | None,
+    trials: int,
+    step: Callable[[str], None],
+) -> SearchResult:
+    if data is None:
+        raise PlanError("the search needs calibration images; give --calib")
+    network = PerturbedNetwork(imported.onnx, [layer.name for layer in table.layers if layer.can_be_pruned])
+    groups = {layer.name: layer.groups for layer in inventory(imported.module)}
+    source = MagnitudeWeights(network, layer_weights(imported.module), groups)
+    macs = max(1, sum(layer.macs for layer in table.layers))
+    images = _first_images(data)[: int(np.clip(_SEARCH_MACS / macs / trials, 16, 256))]
+    budget_us = goal.budget_us(table)
+    return search_plan(
+        table, metric, budget_us, network, images, source, constraints=constraints, trials=trials, progress=step
+    )
+
+
+def _first_images(data: CalibrationImages) -> NDArray[np.float32]:
+    parts: list[NDArray[np.float32]] = []
+    for batch in data.batches(16):
+        parts.append(batch)
+        if len(parts) * 16 >= MOST_IMAGES:
+            break
+    return np.concatenate(parts)
 
 
 def _check_measurable(target: tvm.target.Target) -> None:

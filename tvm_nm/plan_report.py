@@ -70,6 +70,12 @@ def plan_summary(planned: Planned) -> str:
     if beaten:
         best = min(beaten, key=lambda point: point.loss)
         lines.append(f"uniform    {best.loss:.5f} is what {best.label} for all layers loses within that time")
+    if planned.search is not None:
+        found = planned.search
+        lines.append(
+            f"search     divergence from the dense network {found.first_divergence:.4g} -> {found.divergence:.4g} "
+            f"({found.trials} different plans)"
+        )
     if planned.loop is not None:
         lines += describe_rounds(planned.loop)
     if origin.note:

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
@@ -166,6 +167,28 @@ def test_check(model: Path, costs: Path, tmp_path: Path) -> None:
     other = '{"kind": "llvm", "mcpu": "haswell"}'
     assert "was made for the target" in fails("plan", "--check", plan, model, "--target", other)
     assert "was made for the target" in fails("compile", model, "--plan", plan, "--target", other, "--threads", "1")
+
+
+def test_calibrated_errors_and_search(model: Path, costs: Path, tmp_path: Path) -> None:
+    own = tmp_path / "costs.json"
+    own.write_bytes(costs.read_bytes())
+    calib = tmp_path / "calib.npy"
+    np.save(calib, np.random.default_rng(0).standard_normal((16, 3, 16, 16)).astype(np.float32))
+    common = ("plan", model, "--costs", own, "--budget", "0.8", "--plan-rounds", "0", "--threads", "1")
+    result = run(*common, "--calib", calib, "--search", "--trials", "6", "-o", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    assert "perturbing layers" in result.stderr
+    assert "search     divergence from the dense network" in result.stdout
+    origin = Plan.load(tmp_path / "plan.json").origin
+    assert origin is not None
+    assert origin.metric == "search"
+    assert origin.predicted_us <= 400
+    assert CostTable.load(own).metrics == ("l1", "l2", "output")  # kept: nothing is calibrated again
+    again = run(*common, "--metric", "output", "-o", tmp_path / "plan.json")
+    assert again.exit_code == 0, again.output
+    assert "perturbing" not in again.stderr
+    assert "give --calib" in fails(*common[:3], costs, *common[4:], "--metric", "output")
+    assert "give --calib" in fails(*common, "--search")
 
 
 def test_diff(model: Path, costs: Path, tmp_path: Path) -> None:

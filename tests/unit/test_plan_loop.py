@@ -37,7 +37,7 @@ class Machine:
         monkeypatch.setattr(plan_loop, "build_plan", self.build)
         monkeypatch.setattr(plan_loop, "_measure", self.measure)
 
-    def build(self, _imported: Any, plan: Plan, _target: Any, _directory: Path) -> Plan:
+    def build(self, _imported: Any, plan: Plan, _target: Any, _directory: Path, _tuned: Any) -> Plan:
         self.built.append(plan)
         return plan
 

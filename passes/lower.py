@@ -18,12 +18,12 @@ from tvm_nm.passes.dataflow import is_call, static_shape
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
 from tvm_nm.passes.select import Choice, choose_conv, choose_fc, conv_workload
 from tvm_nm.relax_numpy import as_constant
-from tvm_nm.schedules.conv import ConvKernel, conv_prim_func
-from tvm_nm.schedules.fc import FcKernel, fc_prim_func
+from tvm_nm.schedules.channel_conv import ChannelConvKernel
+from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
 from tvm_nm.schedules.tuned import TunedKernels
-from tvm_nm.schedules.winograd import WinogradKernel, winograd_prim_func
+from tvm_nm.schedules.variants import kernel_prim_func
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["REPORTS_ATTR", "Lower", "layer_reports"]
@@ -132,20 +132,27 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         layer = fused.found.layer
         choice = self._choose[layer.kind](layer, fused.found.weight_view, fused.epilogue, self._machine)
         kernel = choice.kernel
-        if isinstance(kernel, ConvKernel):
-            function = self.builder_.add_func(conv_prim_func(kernel), "tvm_nm_conv")
-        elif isinstance(kernel, WinogradKernel):
-            function = self.builder_.add_func(winograd_prim_func(kernel), "tvm_nm_conv")
-        else:
-            function = self.builder_.add_func(fc_prim_func(kernel), "tvm_nm_fc")
-        arguments = [self.visit_expr(fused.found.call.args[0]), as_constant(choice.packed.values)]
+        function = self.builder_.add_func(
+            kernel_prim_func(kernel), "tvm_nm_fc" if isinstance(kernel, FcKernel) else "tvm_nm_conv"
+        )
+        # A kernel may see a pointwise layer's map as a single row of pixels.
+        row_of_pixels = isinstance(kernel, ChannelConvKernel) and kernel.workload.height != layer.input_shape[2]
+        in_shape, out_shape = layer.input_shape, layer.output_shape
+        if row_of_pixels:
+            in_shape, out_shape = ((*shape[:2], 1, shape[2] * shape[3]) for shape in (in_shape, out_shape))
+        data = self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape)
+        arguments = [data, as_constant(choice.packed.values)]
         if choice.packed.index is not None:
             arguments.append(relax.const(choice.packed.index))
         arguments.append(relax.const(fused.bias))
         if fused.residual is not None:
-            arguments.append(self.visit_expr(fused.residual))
+            arguments.append(self._shaped(self.visit_expr(fused.residual), out_shape))
         self.reports.append(_report(fused, choice, function.name_hint))
-        return relax.call_tir(function, arguments, relax.TensorType(layer.output_shape, "float32"))
+        call = relax.call_tir(function, arguments, relax.TensorType(out_shape, "float32"))
+        return relax.op.reshape(self.builder_.emit(call), layer.output_shape) if row_of_pixels else call
+
+    def _shaped(self, expr: Any, shape: tuple[int, ...]) -> Any:
+        return expr if static_shape(expr) == shape else self.builder_.emit(relax.op.reshape(expr, shape))
 
     def _pool(self, value: Any) -> relax.Call | None:
         if not is_call(value, "relax.nn.max_pool2d", "relax.nn.avg_pool2d"):

@@ -10,18 +10,20 @@ import numpy.typing as npt
 from tvm_nm.detect import Detection, detect_pattern
 from tvm_nm.inventory import Layer
 from tvm_nm.patterns import Dense, Granularity, OneByN, SparsityPattern
+from tvm_nm.schedules.channel_conv import ChannelConvKernel
+from tvm_nm.schedules.channel_packing import pack_channel_conv
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, pack_fc
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row, pack_conv
-from tvm_nm.schedules.tiling import choose_kernel, predicted_cycles
 from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
-from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd
-from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_cycles
+from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_cycles
+from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies
+from tvm_nm.schedules.winograd_tiling import choose_winograd
 from tvm_nm.workload import ConvWorkload, Epilogue
 
-__all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload", "index_kind", "sparse_conv"]
+__all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload", "index_kind", "sparse_task"]
 
 Weights = npt.NDArray[np.float32]
 
@@ -53,7 +55,7 @@ class Choice:
         Where the variant comes from: `default`, or a `tvm_nm.schedules.tuned.Origin`.
     """
 
-    kernel: ConvKernel | FcKernel | WinogradKernel
+    kernel: Kernel
     packed: PackedWeights
     pattern: str
     density: float
@@ -95,11 +97,10 @@ def choose_conv(
     work = conv_workload(layer, epilogue)
     dense = _dense_conv(work, machine, tuned, winograd=winograd)
     detection = detect_pattern(weights != 0, work.groups)
-    default = sparse_conv(work, weights, detection.pattern, machine)
+    task = sparse_task(work, weights, detection.pattern, machine)
     note = _why_dense(detection)
-    if default is not None:
-        task = KernelTask.of(default, machine.threads, work)
-        sparse = _Option(default, predicted_cycles(default), _best(tuned, task))
+    if task is not None:
+        sparse = _option(task, machine, tuned)
         ratio, measured = sparse.compared_with(dense)
         if ratio < (1 if measured else _CONV_WORTHWHILE) or always_sparse:
             packed = _pack(sparse.kernel, weights)
@@ -113,14 +114,13 @@ def choose_conv(
 class _Option:
     """A kernel that may be chosen: the default variant with the model's cycles, and the tuned one if there is any."""
 
-    default: ConvKernel | WinogradKernel
+    default: Kernel
     cycles: float
     tuned: TunedKernel | None
 
     @property
-    def kernel(self) -> ConvKernel | WinogradKernel:
-        tuned = None if self.tuned is None else self.tuned.kernel
-        return tuned if isinstance(tuned, (ConvKernel, WinogradKernel)) else self.default
+    def kernel(self) -> Kernel:
+        return self.default if self.tuned is None else self.tuned.kernel
 
     @property
     def tuning(self) -> str:
@@ -141,8 +141,18 @@ def _best(tuned: TunedKernels | None, task: KernelTask) -> TunedKernel | None:
     return None if tuned is None else tuned.best(task)
 
 
-def _pack(kernel: ConvKernel | WinogradKernel, weights: Weights) -> PackedWeights:
-    return pack_winograd(kernel, weights) if isinstance(kernel, WinogradKernel) else pack_conv(kernel, weights)
+def _option(task: KernelTask, machine: Machine, tuned: TunedKernels | None) -> _Option:
+    default = default_kernel(task, machine)
+    return _Option(default, kernel_cycles(default, machine), _best(tuned, task))
+
+
+def _pack(kernel: Kernel, weights: Weights) -> PackedWeights:
+    if isinstance(kernel, WinogradKernel):
+        return pack_winograd(kernel, weights)
+    if isinstance(kernel, ChannelConvKernel):
+        return pack_channel_conv(kernel, weights)
+    assert isinstance(kernel, ConvKernel)
+    return pack_conv(kernel, weights)
 
 
 def choose_fc(
@@ -211,11 +221,9 @@ def _dense_conv(work: ConvWorkload, machine: Machine, tuned: TunedKernels | None
     Winograd's weights are 1.8 to 4 times as large and its rounding errors larger: a small gain is not worth them.
     """
     task = KernelTask("conv", work, machine.threads)
-    default = choose_kernel(work, machine)
-    direct = _Option(default, predicted_cycles(default), _best(tuned, task))
-    fast = choose_winograd(work, machine) if winograd else None
-    if fast is not None:
-        transformed = _Option(fast, winograd_cycles(fast, machine), _best(tuned, task.as_winograd))
+    direct = _option(task, machine, tuned)
+    if winograd and winograd_applies(work) and choose_winograd(work, machine) is not None:
+        transformed = _option(task.as_winograd, machine, tuned)
         if transformed.compared_with(direct)[0] < _CONV_WORTHWHILE:
             return transformed
     return direct
@@ -229,13 +237,13 @@ def index_kind(pattern: SparsityPattern, work: ConvWorkload) -> IndexKind:
     return IndexKind.CHANNEL if by_kernel else IndexKind.POSITION
 
 
-def sparse_conv(
+def sparse_task(
     work: ConvWorkload, weights: Weights, pattern: SparsityPattern | None, machine: Machine
-) -> ConvKernel | None:
-    """Return the default sparse kernel for weights with a pattern; None where there is nothing to skip."""
+) -> KernelTask | None:
+    """Return what a sparse kernel for weights with a pattern computes; None where there is nothing to skip."""
     if pattern is None or isinstance(pattern, Dense):
         return None
     index = index_kind(pattern, work)
     block = min(pattern.block, work.out_channels_per_group)
     kept = int(kept_per_block_row(weights, work.groups, block, index).max(initial=0))
-    return choose_kernel(work, machine, block=block, index=index, kept=max(kept, 1))
+    return KernelTask("conv", work, machine.threads, index, block, max(kept, 1))

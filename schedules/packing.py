@@ -32,7 +32,7 @@ class PackedWeights:
         return self.values.nbytes + (0 if self.index is None else self.index.nbytes)
 
 
-def _in_block_rows(weights: npt.NDArray[np.float32], groups: int, block: int) -> npt.NDArray[np.float32]:
+def in_block_rows(weights: npt.NDArray[np.float32], groups: int, block: int) -> npt.NDArray[np.float32]:
     """Return (groups, block rows, block, ICg, KH, KW): the last row of a group filled up with zero channels."""
     per_group = weights.shape[0] // groups
     rows = -(-per_group // block)
@@ -61,7 +61,7 @@ def kept_per_block_row(
     index
         `CHANNEL` counts input channels with any non-zero tap, `POSITION` counts (channel, tap) pairs.
     """
-    counts: npt.NDArray[np.int64] = _kept(_in_block_rows(weights, groups, block), index).sum(axis=-1)
+    counts: npt.NDArray[np.int64] = _kept(in_block_rows(weights, groups, block), index).sum(axis=-1)
     return counts
 
 
@@ -76,7 +76,7 @@ def pack_conv(kernel: ConvKernel, weights: npt.NDArray[np.float32]) -> PackedWei
         If a block row keeps more than `kernel.kept`.
     """
     work = kernel.workload
-    rows = _in_block_rows(weights, work.groups, kernel.block)
+    rows = in_block_rows(weights, work.groups, kernel.block)
     groups, block_rows, block, in_channels, kh, kw = rows.shape
     channels_to_fill = kernel.tiles * kernel.oc_tile - block
     if channels_to_fill:

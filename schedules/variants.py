@@ -8,13 +8,16 @@ everything.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 import tvm
 
+from tvm_nm.schedules.channel_conv import ChannelConvKernel, channel_conv_prim_func
+from tvm_nm.schedules.channel_tiling import channel_candidates, channel_cycles
 from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
 from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, fc_prim_func
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
@@ -35,6 +38,7 @@ from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidate
 __all__ = [
     "Kernel",
     "default_kernel",
+    "kernel_cycles",
     "kernel_from_text",
     "kernel_prim_func",
     "neighbours",
@@ -42,16 +46,20 @@ __all__ = [
     "variant_text",
 ]
 
-Kernel: TypeAlias = ConvKernel | FcKernel | WinogradKernel
+Kernel: TypeAlias = ConvKernel | ChannelConvKernel | FcKernel | WinogradKernel
 
 _SCRATCH_LIMITS = (24 * 1024, 96 * 1024, 256 * 1024)
 _BEST_LAYOUTS = 24
+_OF_CHANNELS = 6
+# A family other than the usual one must be predicted to be this much faster: the model's error is of this order.
+_OTHER_FAMILY = 0.95
 _SAME_LAYOUT = 3
 
 _PIXEL = re.compile(
     r"pixel (?P<tile>\d+)x(?P<vectors>\d+) (?P<copy>direct|padded|own|packed) pitch (?P<pitch>\d+)"
     r"(?P<copies> copies)? rows (?P<rows>\d+) task (?P<task>\d+)(?: cut (?P<cut>\d+))?"
 )
+_CHANNEL = re.compile(r"channel (?P<vectors>\d+) tile (?P<rows>\d+)x(?P<columns>\d+)")
 _WINOGRAD = re.compile(
     r"winograd (?P<tile>\d+) step (?P<step>\d+)x(?P<vectors>\d+)"
     r" chunk (?P<rows>\d+)x(?P<columns>\d+)(?P<staged> staged)?"
@@ -68,18 +76,46 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
         return found
     if task.kind == "conv":
         if task.index is IndexKind.NONE:
-            return choose_kernel(work, machine)
-        return choose_kernel(work, machine, block=task.block, index=task.index, kept=task.kept)
+            pixels = choose_kernel(work, machine)
+        else:
+            pixels = choose_kernel(work, machine, block=task.block, index=task.index, kept=task.kept)
+        channels = _channel_kernels(task, machine)
+        if channels and channel_cycles(channels[0], machine) < _OTHER_FAMILY * predicted_cycles(pixels):
+            return channels[0]
+        return pixels
     sizes = (work.batch, work.in_channels, work.out_channels)
     if task.index is IndexKind.NONE:
         return choose_fc_kernel(*sizes, work.epilogue, machine)
     return choose_fc_kernel(*sizes, work.epilogue, machine, block=task.block, kept=task.kept)
 
 
+def kernel_cycles(kernel: Kernel, machine: Machine) -> float:
+    """Return the model's cycles of a convolution's variant of any family."""
+    if isinstance(kernel, WinogradKernel):
+        return winograd_cycles(kernel, machine)
+    if isinstance(kernel, ChannelConvKernel):
+        return channel_cycles(kernel, machine)
+    assert isinstance(kernel, ConvKernel)  # of fully connected layers, bytes decide
+    return predicted_cycles(kernel)
+
+
+def _channel_kernels(task: KernelTask, machine: Machine) -> list[ChannelConvKernel]:
+    """Return the channel-vector variants of a direct convolution, by their predicted time."""
+    if task.index is IndexKind.NONE:
+        found = channel_candidates(task.workload, machine)
+    else:
+        # The family's tables hold positions.
+        positions = task.kept * (task.workload.taps if task.index is IndexKind.CHANNEL else 1)
+        found = channel_candidates(task.workload, machine, block=task.block, kept=positions)
+    return sorted(found, key=lambda kernel: channel_cycles(kernel, machine))
+
+
 def kernel_prim_func(kernel: Kernel) -> tvm.tirx.PrimFunc:
     """Return the unscheduled PrimFunc of a variant of any family."""
     if isinstance(kernel, WinogradKernel):
         return winograd_prim_func(kernel)
+    if isinstance(kernel, ChannelConvKernel):
+        return channel_conv_prim_func(kernel)
     return conv_prim_func(kernel) if isinstance(kernel, ConvKernel) else fc_prim_func(kernel)
 
 
@@ -90,6 +126,8 @@ def variant_text(kernel: Kernel) -> str:
     if isinstance(kernel, WinogradKernel):
         text = f"winograd {kernel.tile} step {kernel.tiles_per_step}x{kernel.oc_vectors}"
         return f"{text} chunk {kernel.chunk_rows}x{kernel.chunk_columns}{' staged' if kernel.staged else ''}"
+    if isinstance(kernel, ChannelConvKernel):
+        return f"channel {kernel.vectors} tile {kernel.tile_rows}x{kernel.tile_columns}"
     geometry = kernel.geometry
     text = f"pixel {kernel.oc_tile}x{kernel.vectors_per_tile} {geometry.copy.value}"
     text += f" pitch {geometry.pitch}{' copies' if geometry.column_copies else ''} rows {geometry.rows_per_chunk}"
@@ -112,6 +150,8 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
         return _fc_from_text(text, task, machine)
     if task.winograd:
         return _winograd_from_text(text, task, machine)
+    if text.startswith("channel"):
+        return _channel_from_text(text, task, machine)
     found = _PIXEL.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r:.100} is no variant of a convolution")
@@ -139,6 +179,15 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     if cut:
         cut = min(_divisors(kernel.kept), key=lambda length: abs(length - cut))
     return replace(kernel, vectors_per_tile=vectors, rows_per_task=rows, kept_per_block=cut)
+
+
+def _channel_from_text(text: str, task: KernelTask, machine: Machine) -> ChannelConvKernel:
+    if _CHANNEL.fullmatch(text) is None:
+        raise ValueError(f"{text!r:.100} is no variant of a convolution")
+    for kernel in _channel_kernels(task, machine):
+        if variant_text(kernel) == text:
+            return kernel
+    raise ValueError(f"{text!r:.100} does not fit {task}")
 
 
 def _fc_from_text(text: str, task: KernelTask, machine: Machine) -> FcKernel:
@@ -188,7 +237,14 @@ def ranked_kernels(task: KernelTask, machine: Machine, limit: int) -> list[Kerne
         if kernel not in chosen and count.get(layout_of, 0) < _SAME_LAYOUT:
             count[layout_of] = count.get(layout_of, 0) + 1
             chosen.append(kernel)
-    return chosen
+    # The two families' models are not calibrated with each other: both are tried early.
+    channels = [kernel for kernel in _channel_kernels(task, machine)[:_OF_CHANNELS] if kernel not in chosen]
+    return [*chosen[:1], *_alternate(channels, chosen[1:])][:limit]
+
+
+def _alternate(some: Sequence[Kernel], others: Sequence[Kernel]) -> list[Kernel]:
+    pairs = itertools.zip_longest(some, others)
+    return [kernel for pair in pairs for kernel in pair if kernel is not None]
 
 
 def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
@@ -205,6 +261,8 @@ def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
         near = [k for k in near if k.tiles_per_step * k.oc_vectors <= _most_sums(machine, 1)]
         by_cycles = sorted(dict.fromkeys(near), key=lambda k: winograd_cycles(k, machine))
         return list[Kernel](by_cycles)
+    if isinstance(kernel, ChannelConvKernel):
+        return _channel_steps(kernel, machine)
     found = {*_decisions(kernel), *_chunk_steps(kernel, machine), *_tile_steps(kernel, machine)} - {kernel}
     ordered = sorted((k for k in found if _is_valid(k, machine)), key=predicted_cycles)
     return list(ordered)
@@ -214,6 +272,14 @@ def _differences(one: WinogradKernel, other: WinogradKernel) -> int:
     """Count the choices in which two kernels differ; the register tile follows from the others."""
     names = ("tile", "chunk_rows", "chunk_columns", "oc_vectors", "staged")
     return sum(getattr(one, name) != getattr(other, name) for name in names)
+
+
+def _channel_steps(kernel: ChannelConvKernel, machine: Machine) -> list[Kernel]:
+    block = None if kernel.index is IndexKind.NONE else kernel.block
+    found = channel_candidates(kernel.workload, machine, block=block, kept=kernel.kept)
+    names = ("vectors", "tile_rows", "tile_columns")
+    near = [k for k in found if sum(getattr(k, name) != getattr(kernel, name) for name in names) == 1]
+    return list[Kernel](sorted(near, key=lambda k: channel_cycles(k, machine))[:_OF_CHANNELS])
 
 
 def _layouts(task: KernelTask, machine: Machine) -> Iterator[ConvKernel]:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import tvm
 
 from tvm_nm.schedules.apply import pass_context, schedule_function
+from tvm_nm.schedules.channel_conv import ChannelConvKernel, channel_conv_prim_func
+from tvm_nm.schedules.channel_packing import pack_channel_conv
 from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
 from tvm_nm.schedules.packing import pack_conv
 from tvm_nm.workload import ConvWorkload
@@ -67,7 +69,7 @@ def masked_weights(
 
 
 def run_conv(
-    kernel: ConvKernel,
+    kernel: ConvKernel | ChannelConvKernel,
     original: ConvWorkload,
     weights: npt.NDArray[np.float32],
     target: tvm.target.Target,
@@ -76,7 +78,10 @@ def run_conv(
 ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[Any] | None]]:
     """Pack, build and run; returns the output and (data, weights, bias, residual), in the original shapes."""
     work = kernel.workload
-    packed = pack_conv(kernel, weights)
+    if isinstance(kernel, ChannelConvKernel):
+        packed, func = pack_channel_conv(kernel, weights), channel_conv_prim_func(kernel)
+    else:
+        packed, func = pack_conv(kernel, weights), conv_prim_func(kernel)
     data_shape = (original.batch, original.in_channels, original.height, original.width)
     out_shape = (original.batch, original.out_channels, original.out_height, original.out_width)
     data = integers(data_shape, rng)
@@ -90,5 +95,5 @@ def run_conv(
     arguments.append(bias)
     if residual is not None:
         arguments.append(residual.reshape(kernel_out))
-    out = call(compiler(conv_prim_func(kernel), target), arguments, kernel_out)
+    out = call(compiler(func, target), arguments, kernel_out)
     return out.reshape(out_shape), [data, weights, bias, residual]

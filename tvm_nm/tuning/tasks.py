@@ -13,7 +13,7 @@ from tvm_nm.errors import PlanError
 from tvm_nm.inventory import inventory, layer_calls
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
 from tvm_nm.passes.power import QuarterPowers
-from tvm_nm.passes.select import conv_workload, index_kind, sparse_conv
+from tvm_nm.passes.select import conv_workload, index_kind, sparse_task
 from tvm_nm.patterns import Dense, OneByN, SparsityPattern, parse_pattern
 from tvm_nm.plan import uniform_plan
 from tvm_nm.schedules.conv import IndexKind
@@ -155,8 +155,8 @@ def _layer_tasks(
         tasks.append(tasks[0].as_winograd)
     weights = fused.found.weight
     detection = detect_pattern(weights != 0, work.groups)
-    own = sparse_conv(work, weights, detection.pattern, machine)
+    own = sparse_task(work, weights, detection.pattern, machine)
     if own is not None:
-        tasks.append(KernelTask.of(own, machine.threads, work))
+        tasks.append(own)
     tasks += [layer_task(work, machine.threads, pattern, density) for pattern, density in wanted]
     return list(dict.fromkeys(tasks))

@@ -25,6 +25,8 @@ from tvm import te
 from tvm_nm.linker import export_library
 from tvm_nm.runtime import release_memory, use_threads
 from tvm_nm.schedules.apply import pass_context, schedule_function
+from tvm_nm.schedules.channel_conv import ChannelConvKernel
+from tvm_nm.schedules.channel_packing import random_positions
 from tvm_nm.schedules.conv import ConvKernel
 from tvm_nm.schedules.kernel_task import parse_task
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
@@ -172,11 +174,15 @@ def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any,
     out: tuple[int, ...]
     data: tuple[int, ...]
     weight: tuple[int, ...]
-    if isinstance(kernel, (ConvKernel, WinogradKernel)):
+    if isinstance(kernel, (ConvKernel, ChannelConvKernel, WinogradKernel)):
         work = kernel.workload
         out = (work.batch, work.out_channels, work.out_height, work.out_width)
         data, weight = (work.batch, work.in_channels, work.height, work.width), kernel.weight_shape
-        table = random_index_table(kernel, rng) if isinstance(kernel, ConvKernel) else None
+        table = None
+        if isinstance(kernel, ConvKernel):
+            table = random_index_table(kernel, rng)
+        if isinstance(kernel, ChannelConvKernel):
+            table = random_positions(kernel, rng)
         residual, channels = work.epilogue.residual, work.out_channels
     else:
         out, data = (kernel.batch, kernel.out_features), (kernel.batch, kernel.in_features)

@@ -1,0 +1,111 @@
+"""The schedule template of the channel-vector convolution family.
+
+Loop nest after scheduling (default decisions of a 3x3 convolution on a 14x14 map, AVX-512: tile 2 x 14)::
+
+    parallel n, channel                          # pad: the zero-padded copy, for a convolution with padding
+    parallel n, group, block row, tile           # one task: the output channels of a register tile, all pixels
+      for block of the reduction                 #   its weights stay in L1 ...
+        for pixel tile                           #   ... while all pixels use them
+          acc[vectors][pixels][lanes] = scratch
+          for kept                               #   `vectors` loads, `pixels` broadcasts, vectors * pixels FMAs
+            acc += weight * data
+          scratch = acc
+      turned = transpose(scratch)                #   with shuffles
+      for channel, pixel                         #   epilogue: bias, residual, activation
+        out = ...
+
+Decisions: rows and columns of the pixel tile, length of a block of the reduction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm_ffi
+from tvm import s_tir
+
+from tvm_nm.schedules.channel_conv import CHANNEL_CONV_RULE
+from tvm_nm.schedules.transpose import transpose_intrinsic
+
+__all__ = ["schedule_channel_conv"]
+
+_MOST_ACCUMULATORS = 28
+
+
+def _choose(sch: s_tir.Schedule, candidates: list[int], default: int) -> Any:
+    """Sample one candidate; untuned schedules take `default`."""
+    probability = [1.0 / len(candidates)] * len(candidates)
+    return sch.sample_categorical(candidates, probability, decision=candidates.index(default))
+
+
+@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{CHANNEL_CONV_RULE}", override=True)  # type: ignore[untyped-decorator]
+def schedule_channel_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
+    """Schedule the convolution whose reduction is block `sums`; see `conv_template.schedule_conv`."""
+    annotations = sch.get(sums).annotations
+    rows, columns, kept_per_block, block = (
+        int(annotations[f"tvm_nm_{name}"]) for name in ("tile_rows", "tile_columns", "kept_per_block", "block")
+    )
+    turned = sch.get_consumers(sums)[0]
+    out = sch.get_consumers(turned)[0]
+    groups, block_rows, tiles = (int(sch.get(loop).extent) for loop in sch.get_loops(sums)[1:4])
+
+    n, oc, y, x = sch.get_loops(out)
+    per_group = int(sch.get(oc).extent) // groups
+    if per_group % block == 0:
+        group, in_group = sch.split(oc, [groups, None])
+        row, tile, _ = sch.split(in_group, [block_rows, tiles, None])
+        sch.fuse(y, x)
+        task = sch.fuse(n, group, row, tile)
+        sch.parallel(task)
+        sch.compute_at(turned, task, preserve_unit_loops=True)
+    else:
+        # Some of the last row's channels do not exist: tasks of their own compute them, and the epilogue drops them.
+        sch.fuse(y, x)
+        sch.parallel(sch.fuse(n, oc))
+        n, group, row, tile = sch.get_loops(turned)[:4]
+        task = sch.fuse(n, group, row, tile)
+        sch.parallel(task)
+    sch.compute_at(sums, task, preserve_unit_loops=True)
+    _order_micro_kernel(sch, sums, rows, columns, kept_per_block)
+    _transpose(sch, turned)
+    for pad in sch.get_producers(sums):
+        if sch.get(pad).name_hint == "pad":
+            _schedule_pad(sch, pad)
+    return [sch]
+
+
+def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, rows: int, columns: int, kept_per_block: int) -> None:
+    v, y, x, lane, kept = sch.get_loops(sums)[-5:]
+    vectors, height, width = (int(sch.get(loop).extent) for loop in (v, y, x))
+    most = max(rows * columns, _MOST_ACCUMULATORS // vectors)
+    length = int(sch.get(kept).extent)
+    tile_columns = _choose(sch, [c for c in range(1, width + 1) if c <= most], columns)
+    tile_rows = _choose(sch, [r for r in range(1, height + 1) if r <= most], rows)
+    per_block = _choose(sch, [d for d in range(1, length + 1) if length % d == 0], kept_per_block)
+    kept_outer, kept_inner = sch.split(kept, [None, per_block])
+    y_outer, y_inner = sch.split(y, [None, tile_rows])
+    x_outer, x_inner = sch.split(x, [None, tile_columns])
+    for outer in (y_outer, x_outer):
+        # The last tile may be shorter; LoopPartition gives it its own code, so that full tiles carry no bounds checks.
+        sch.annotate(outer, "pragma_loop_partition_hint", 1)
+    sch.reorder(kept_outer, y_outer, x_outer, kept_inner, y_inner, x_inner, v, lane)
+    sch.vectorize(lane)
+    for loop in (v, y_inner, x_inner):
+        sch.unroll(loop)
+    sch.decompose_reduction(sums, kept_outer)
+
+
+def _transpose(sch: s_tir.Schedule, turned: Any) -> None:
+    loops = sch.get_loops(turned)
+    at = len(loops) - len(sch.get(turned).iter_vars) + 5
+    intrinsic = transpose_intrinsic(*(int(sch.get(loop).extent) for loop in loops[at:]))
+    if intrinsic is not None:
+        sch.tensorize(loops[at], intrinsic)
+
+
+def _schedule_pad(sch: s_tir.Schedule, pad: Any) -> None:
+    annotations = sch.get(pad).annotations
+    loops = sch.get_loops(pad)
+    if "tvm_nm_plane" in annotations:
+        loops = [*loops[:-1], *sch.split(loops[-1], [int(extent) for extent in annotations["tvm_nm_plane"]])]
+    sch.parallel(sch.fuse(*loops[:2]))

@@ -57,7 +57,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     groups = _attribute(sch, sums, "tvm_nm_groups")
     block = _attribute(sch, sums, "tvm_nm_block")
     copy_scope = list(CopyScope)[_attribute(sch, sums, "tvm_nm_copy_scope")]
-    oc_tile, vectors = (int(sch.get(loop).extent) for loop in sch.get_loops(sums)[5:7])
+    oc_tile, vectors, lanes = (int(sch.get(loop).extent) for loop in sch.get_loops(sums)[5:8])
     block_rows = int(sch.get(sch.get_loops(sums)[3]).extent)
     default_vectors = _attribute(sch, sums, "tvm_nm_vectors_per_tile")
     default_rows = _attribute(sch, sums, "tvm_nm_rows_per_task")
@@ -89,7 +89,10 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
         tile = _accumulate_in_registers(sch, sums, task, vectors_per_tile)
     if "pad" in producers:
         producers |= {sch.get(producer).name_hint: producer for producer in sch.get_producers(producers["pad"])}
-        schedule_pad(sch, producers["pad"], {CopyScope.TASK: task, CopyScope.TILE: tile}.get(copy_scope))
+        if copy_scope is CopyScope.TILE:
+            _schedule_packing(sch, producers["pad"], tile, lanes)
+        else:
+            schedule_pad(sch, producers["pad"], task if copy_scope is CopyScope.TASK else None)
     if "subsample" in producers:
         schedule_pad(sch, producers["subsample"], None)
     return [sch]
@@ -182,6 +185,14 @@ def _unroll_taps(sch: s_tir.Schedule, reduction: Any, taps: int) -> None:
     sch.unroll(reduction[2])
     if taps <= _MAX_UNROLLED_TAPS:
         sch.unroll(reduction[1])
+
+
+def _schedule_packing(sch: s_tir.Schedule, pack: Any, tile: Any, lanes: int) -> None:
+    """Copy the vectors of a register tile, one input channel after another."""
+    sch.compute_at(pack, tile, preserve_unit_loops=True)
+    vector, lane = sch.split(sch.get_loops(pack)[-1], [None, lanes])
+    sch.vectorize(lane)
+    sch.unroll(vector)
 
 
 def schedule_pad(sch: s_tir.Schedule, pad: Any, within: Any | None) -> None:

@@ -1,4 +1,29 @@
-"""The schedule template of the Winograd family."""
+"""The schedule template of the Winograd family.
+
+Loop nest after scheduling (default decisions on AVX-512: register tile of 7 tiles x 4 channel vectors)::
+
+    parallel n, chunk row, chunk column              # one task: a chunk of tiles
+      for vector of input channels
+        pixels = data                                # vectors of channels, zeros around
+        for tile                                     # 36 loads, 12 transforms of 6 values, 36 stores
+          frequencies[6][6][tile] = B^T pixels B
+      for block of output channels
+        for frequency i, j                           # a matrix product each; its weights are one stream
+          for step of tiles
+            acc[7][4][lanes] = 0                     # 28 of 32 registers
+            for input channel                        # 7 broadcasts, 4 loads, 28 FMAs
+              acc += frequencies * weight
+            sums[i][j] = acc
+        for vector of output channels
+          for tile                                   # 36 loads, 10 transforms of 6 values, 16 stores
+            tiles = A^T sums A
+          for row, column, channel                   # bias, residual, activation, crop
+            out = ...
+
+A *staged* kernel has one chunk, and the three stages (input, products, output) are parallel loops of their own.
+
+Decision: tiles of the register tile.
+"""
 
 from __future__ import annotations
 

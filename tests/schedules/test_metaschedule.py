@@ -24,6 +24,7 @@ from tvm_nm.schedules.packing import pack_conv
 from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
 from tvm_nm.schedules.tensor_intrin_stub import skip_tensor_intrinsics
 from tvm_nm.schedules.tiling import choose_kernel
+from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_prim_func
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 skip_tensor_intrinsics()
@@ -70,6 +71,28 @@ def sparse_kernel(kept_per_block: int = 0) -> tuple[ConvKernel, np.ndarray]:
     weights = masked_weights(WORK, 4, IndexKind.POSITION, 0.5, np.random.default_rng(0))
     kernel = choose_kernel(WORK, MACHINE, block=4, index=IndexKind.POSITION, kept=96)
     return replace(kernel, kept_per_block=kept_per_block), weights
+
+
+def test_winograd_samples_compute_the_same() -> None:
+    kernel = WinogradKernel(WORK, MACHINE.lanes, 2, 7, 7, 2, 8, False)  # its sums of small integers are exact
+    (space,) = design_space(winograd_prim_func(kernel))
+    ((tiles, chosen),) = decisions(space.trace)
+    assert chosen == kernel.tiles_per_step
+    assert min(tiles) == 1
+    rng = np.random.default_rng(0)
+    out_shape = (WORK.batch, WORK.out_channels, WORK.out_height, WORK.out_width)
+    data = integers((WORK.batch, WORK.in_channels, WORK.height, WORK.width), rng)
+    weights = integers((WORK.out_channels, WORK.in_channels, 3, 3), rng)
+    bias, residual = integers((WORK.out_channels,), rng), integers(out_shape, rng)
+    want = conv(WORK, data, weights, bias, residual)
+    (instruction,) = space.trace.decisions
+    for position in (0, len(tiles) // 2):
+        sch = s_tir.Schedule(winograd_prim_func(kernel))
+        space.trace.with_decision(instruction, position, remove_postproc=True).apply_to_schedule(sch, True)
+        with pass_context():
+            module = tvm.compile(sch.mod, target=TARGET)
+        arguments = [data, pack_winograd(kernel, weights).values, bias, residual]
+        np.testing.assert_array_equal(call(module, arguments, out_shape), want)
 
 
 def test_design_space_of_a_convolution() -> None:

@@ -90,7 +90,10 @@ class Crew:
 
 
 class Worker:
-    """A process for one runtime.
+    """A process for one runtime, which is stopped unless it has something to do.
+
+    Runtimes let their idle threads spin for tens of milliseconds after each inference, which would slow down whoever
+    comes next.
 
     Parameters
     ----------
@@ -128,12 +131,14 @@ class Worker:
     def ask(self, **command: Any) -> dict[str, Any]:
         """Send a command of `tvm_nm.peers.worker` and return the answer."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps({**command, "plugins": self._plugins}).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             raise PeerError(self._death()) from None
         answer: dict[str, Any] = json.loads(self._line())
+        self._signal(signal.SIGSTOP)
         if "error" in answer:
             raise PeerError(answer["error"])
         return answer
@@ -145,6 +150,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
+        self._signal(signal.SIGCONT)
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):  # it died before it read what was written
@@ -155,6 +161,10 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self._messages.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(number)
 
     def _line(self) -> bytes:
         assert self._process.stdout is not None

@@ -12,10 +12,12 @@ A command that fails is answered by ``{"error": TEXT}``. What the runtime prints
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -34,8 +36,14 @@ _LONG_MS = 100.0
 """A model that runs longer than this gains nothing from a call to warm up."""
 
 
+_PR_SET_PDEATHSIG = 1
+
+
 def main() -> None:
     """Serve until standard input ends."""
+    if sys.platform == "linux":
+        # A parent that is killed cannot wake the processes that it has stopped.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Runtimes print to the process's standard output; keep it for the answers alone.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)

@@ -273,7 +273,7 @@ def memory_of_build(path: Path, output: Path, pattern: str) -> tuple[int, int]:
 @pytest.mark.parametrize("pattern", ["dense", "1x16", "1x4", "2:4"])
 def test_the_largest_model_needs_little_memory(tmp_path: Path, pattern: str) -> None:
     """VGG-16 has 553 MB of weights."""
-    assert memory_of_build(large_model("vgg16"), tmp_path / "out", pattern)[1] < 2.3e9
+    assert memory_of_build(large_model("vgg16"), tmp_path / "out", pattern)[1] < 2.5e9
 
 
 @pytest.mark.slow

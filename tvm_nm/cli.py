@@ -75,6 +75,11 @@ def _prune_options(command: _F) -> _F:
     return command
 
 
+_rearrange_option = click.option(
+    "--rearrange",
+    type=click.Choice(["none", "sort", "cluster", "swap"]),
+    help="How channels change places before pruning, so that patterns keep more. [default: none]",
+)
 _shape_option = click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
 _threads_option = click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
 _database_option = click.option(
@@ -94,6 +99,7 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Prune as this plan says.")
 @goal_options
 @_calibration_options
+@_rearrange_option
 @_threads_option
 @click.option("--target", metavar="JSON", help='TVM target, such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\'.')
 @_shape_option
@@ -113,6 +119,7 @@ def compile_command(
     calib: Path | None,
     calib_images: int | None,
     preprocess: str | None,
+    rearrange: str | None,
     threads: int | None,
     target: str | None,
     shapes: tuple[str, ...],
@@ -131,14 +138,14 @@ def compile_command(
     Without MODEL: compile the network that comes with tvm-nm and show what sparsity does to its speed and accuracy.
     """
     if model is None:
-        if target or shapes or no_verify or no_winograd or calib or calib_images or preprocess:
-            raise click.UsageError("--target, --shape, --no-verify, --no-winograd and --calib need a MODEL")
+        if target or shapes or no_verify or no_winograd or rearrange or calib or calib_images or preprocess:
+            raise click.UsageError("--target, --shape, --calib, --rearrange, --no-verify, --no-winograd need a MODEL")
         if plan_file or has_goal(planning) or database or untuned:
             raise click.UsageError("--plan, --budget, --db and --untuned need a MODEL")
         _demo(pattern, density, include, exclude, method, threads, output, json_file)
         return
     from tvm_nm.compiler import compile as compile_model
-    from tvm_nm.pruning import DEFAULT_PATTERN
+    from tvm_nm.pruning import DEFAULT_PATTERN, DEFAULT_REARRANGE
     from tvm_nm.report import summary
 
     if (pattern or density) and (plan_file or has_goal(planning)):
@@ -147,6 +154,10 @@ def compile_command(
         raise click.UsageError("--no-winograd goes with no budget: times are measured with Winograd kernels")
     if plan_file is not None and has_goal(planning):
         raise click.UsageError("--plan goes with no budget: it has been planned already")
+    if rearrange not in (None, "none") and has_goal(planning):
+        raise click.UsageError(
+            "--rearrange goes with no budget: losses are estimated without it; plan first, then use --plan"
+        )
     output = output or Path(f"{model.stem}-tvm")
     planned = None
     with Steps() as steps:
@@ -164,6 +175,7 @@ def compile_command(
             exclude=exclude,
             method=method,
             images=_images(calib, calib_images, preprocess),
+            rearrange=rearrange or DEFAULT_REARRANGE,
             threads=threads,
             target=target,
             shapes=_shapes(shapes),

@@ -22,13 +22,14 @@ import tvm
 from tvm_nm.artifact import LIBRARY, REPORT, check_output, staged_artifact
 from tvm_nm.calibration import CalibrationImages
 from tvm_nm.environment import check_environment, missing_features, package_versions
-from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError
+from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError, PlanError
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import inventory, layer_calls
 from tvm_nm.layer_pruning import Method
 from tvm_nm.linker import export_library, file_sha256
 from tvm_nm.manifest import MANIFEST, Manifest, Verification
 from tvm_nm.masks import BoolArray, PackedMasks
+from tvm_nm.passes.rearrange import rearrangement_report
 from tvm_nm.patterns import SparsityPattern
 from tvm_nm.pipeline import Built, build_executable
 from tvm_nm.plan import Plan
@@ -36,6 +37,7 @@ from tvm_nm.plan_check import check_plan
 from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.pruning import (
     DEFAULT_PATTERN,
+    DEFAULT_REARRANGE,
     Images,
     PruneRequest,
     chosen_method,
@@ -72,6 +74,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     plan: Plan | str | os.PathLike[str] | None = None,
     method: str | Method | None = None,
     images: Images | None = None,
+    rearrange: str = DEFAULT_REARRANGE,
     threads: int | None = None,
     target: Mapping[str, Any] | str | tvm.target.Target | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
@@ -107,6 +110,9 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     images
         Calibration data (`tvm_nm.calibration.open_images`), or a function from the input's shape (C, H, W) to them. The
         weights that are left are refitted on them.
+    rearrange
+        How channels change places before pruning, so that the patterns keep more of the weights: ``none``, ``sort``,
+        ``cluster`` or ``swap``; see `tvm_nm.rearrangement`. Inputs and outputs keep their order. Not with `images`.
     threads
         Number of threads to build for; default: the processors that this process may use.
     target
@@ -138,7 +144,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     UnsupportedModelError
         If the model cannot be read or holds something that cannot be compiled.
     PlanError
-        If pattern and density do not go together, a glob matches no layer, or the plan is for another model or target.
+        If pattern and density do not go together, a glob matches no layer, the plan is for another model or target, or
+        the rearrangement is unknown or asked for together with calibration data.
     CalibrationError
         If the calibration data do not fit the model, or are missing and the method needs them.
     ModelMismatchError
@@ -159,7 +166,9 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     start = time.perf_counter()
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
-    request = PruneRequest.make(pattern if plan is None else "dense", density, include, exclude, method)
+    request = PruneRequest.make(pattern if plan is None else "dense", density, include, exclude, method, rearrange)
+    if images is not None and request.method is not Method.MAGNITUDE and request.rearrange != "none":
+        raise PlanError("channels are rearranged only for pruning by magnitude; leave out --calib or --rearrange")
     chosen = resolve_target(target, threads)
     tuned = tuned_kernels(chosen, database, shipped=shipped_records)
     if verify and (missing := missing_features(*processor(chosen))):
@@ -185,11 +194,12 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
             imported = _prune_on(imported, wanted, data, how, step, scratch / "calibrated.onnx")
             module, masks = imported.module, PackedMasks()  # the zeros are in the file already
         elif plan is not None:
-            module, masks = prune_by_plan(imported.module, plan)
+            module, masks = prune_by_plan(imported.module, plan, request.rearrange)
         else:
             module, masks = prune_module(imported.module, request)
         imported = dataclasses.replace(imported, module=tvm.IRModule())  # its weights are not needed any more
         density = request.density if plan is None else _density(module)
+        rearranged = rearrangement_report(module)
         release_memory()
         step("compiling")
         built = build_executable(module, chosen, always_sparse=plan is not None, winograd=winograd, tuned=tuned)
@@ -208,6 +218,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
             )
         else:
             manifest = dataclasses.replace(manifest, pattern="plan", density=density)
+        manifest = dataclasses.replace(manifest, rearrangement=rearranged)
         release_memory()
         if verify:
             step("verifying")

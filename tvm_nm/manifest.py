@@ -10,6 +10,7 @@ from typing import Any
 
 from tvm_nm.errors import ArtifactError
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.rearrangement_report import LayerRearrangement, RearrangementReport
 from tvm_nm.reference_run import TensorSpec
 
 __all__ = ["MANIFEST", "MANIFEST_FORMAT", "MANIFEST_VERSION", "Manifest", "Verification"]
@@ -65,6 +66,8 @@ class Manifest:
         None if the build was not verified.
     build_seconds
         Time from start to end.
+    rearrangement
+        How channels changed places before pruning; None if they did not.
     """
 
     model: str
@@ -85,6 +88,7 @@ class Manifest:
     layers: tuple[LayerReport, ...]
     verification: Verification | None
     build_seconds: float
+    rearrangement: RearrangementReport | None = None
 
     @property
     def macs(self) -> int:
@@ -153,6 +157,7 @@ class Manifest:
                 if data.get("verification") is None
                 else Verification(**_entry(Verification, data["verification"])),
                 build_seconds=float(_get(data, "build_seconds", float | int)),
+                rearrangement=_rearrangement(data.get("rearrangement")),
             )
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"{source} is damaged: {error}; build the artefact again") from error
@@ -201,6 +206,15 @@ def _entry(kind: type, item: object) -> dict[str, Any]:
         if not isinstance(value, allowed[names[name]]) or isinstance(value, bool):
             raise ValueError(f"{name!r} of a {kind.__name__} is {value!r:.60}")
     return item
+
+
+def _rearrangement(entry: object) -> RearrangementReport | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, dict):
+        raise ValueError(f"'rearrangement' is {entry!r:.60}")
+    layers = tuple(LayerRearrangement(**_entry(LayerRearrangement, item)) for item in _get(entry, "layers", list))
+    return RearrangementReport(_get(entry, "method", str), float(_get(entry, "seconds", float | int)), layers)
 
 
 def _specs(data: dict[str, Any], key: str) -> tuple[TensorSpec, ...]:

@@ -21,14 +21,18 @@ from tvm_nm.layer_pruning import Method
 from tvm_nm.masks import PackedMasks
 from tvm_nm.oneshot import prune_calibrated
 from tvm_nm.passes.prune import Prune
+from tvm_nm.passes.rearrange import LayerOrder
+from tvm_nm.passes.rearrange import rearrange as rearrange_module
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 from tvm_nm.plan import Plan, uniform_plan
 from tvm_nm.prune_onnx import prune_onnx
+from tvm_nm.rearrangement import OrderSearch, check_search
 from tvm_nm.reconstruction import Options
 
 __all__ = [
     "DEFAULT_DENSITY",
     "DEFAULT_PATTERN",
+    "DEFAULT_REARRANGE",
     "Images",
     "LayerSparsity",
     "PruneRequest",
@@ -45,6 +49,7 @@ Images: TypeAlias = CalibrationImages | Callable[[tuple[int, ...]], CalibrationI
 """Calibration data, or a function from the input's shape (C, H, W) to them."""
 DEFAULT_PATTERN = "1x16"
 DEFAULT_DENSITY = 0.5
+DEFAULT_REARRANGE: OrderSearch = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class PruneRequest:
         `tvm_nm.plan.uniform_plan`.
     method
         How weights are dropped; None takes OBS where there is calibration data, else MAGNITUDE.
+    rearrange
+        How channels change places before; see `tvm_nm.rearrangement`. Only for pruning by magnitude.
     """
 
     pattern: SparsityPattern
@@ -69,6 +76,7 @@ class PruneRequest:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     method: Method | None = None
+    rearrange: OrderSearch = DEFAULT_REARRANGE
 
     @classmethod
     def make(
@@ -78,20 +86,23 @@ class PruneRequest:
         include: Iterable[str] = (),
         exclude: Iterable[str] = (),
         method: str | Method | None = None,
+        rearrange: str = DEFAULT_REARRANGE,
     ) -> PruneRequest:
         """Read a request: pattern and method may be texts, the density may be left to the pattern.
 
         Raises
         ------
         PlanError
-            If the pattern's text form or the method is unknown or the density does not go with the pattern.
+            If the pattern's text form, the method or the rearrangement is unknown, or the density does not go with the
+            pattern.
         """
         try:
             chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
             if density is None and chosen.fixed_density is None:
                 density = DEFAULT_DENSITY
             how = Method(method) if isinstance(method, str) else method
-            return cls(chosen, chosen.check_density(density), tuple(include), tuple(exclude), how)
+            density = chosen.check_density(density)
+            return cls(chosen, density, tuple(include), tuple(exclude), how, check_search(rearrange))
         except ValueError as error:
             raise PlanError(str(error)) from error
 
@@ -127,7 +138,8 @@ def prune_module(module: tvm.IRModule, request: PruneRequest) -> tuple[tvm.IRMod
 
     Returns
     -------
-    The pruned module, and by the names of the pruned layers which weights are left, as `prune_onnx` takes it.
+    The pruned module, and by the names of the pruned layers which weights are left, as `prune_onnx` takes it: in the
+    order of the given module, even where the pruned one has its channels in another order.
 
     Raises
     ------
@@ -135,17 +147,26 @@ def prune_module(module: tvm.IRModule, request: PruneRequest) -> tuple[tvm.IRMod
         If a glob matches no layer.
     """
     plan = uniform_plan(inventory(module), request.pattern, request.density, request.include, request.exclude)
-    return prune_by_plan(module, plan)
+    return prune_by_plan(module, plan, request.rearrange)
 
 
-def prune_by_plan(module: tvm.IRModule, plan: Plan) -> tuple[tvm.IRModule, PackedMasks]:
+def prune_by_plan(
+    module: tvm.IRModule, plan: Plan, rearrange: OrderSearch = DEFAULT_REARRANGE
+) -> tuple[tvm.IRModule, PackedMasks]:
     """Prune a canonical module as a plan says; returns and raises as `prune_module`."""
     names = {choice.name for choice in plan.layers if not isinstance(choice.pattern, Dense)}
     if not names:
         return module, PackedMasks()
+    orders: Mapping[str, LayerOrder] = {}
+    if rearrange != "none":
+        rearranged = rearrange_module(module, plan, rearrange)
+        module, orders = rearranged.module, rearranged.orders
     module = tvm.transform.Sequential([Prune(plan)])(module)
     calls = [found for found in layer_calls(module) if found.layer.name in names]
-    return module, PackedMasks((found.layer.name, found.weight_view != 0) for found in calls)
+    return module, PackedMasks(
+        (name, orders[name].undo(mask) if name in orders else mask)
+        for name, mask in ((found.layer.name, found.weight_view != 0) for found in calls)
+    )
 
 
 def chosen_method(method: Method | None, images: CalibrationImages | None) -> Method:

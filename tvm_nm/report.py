@@ -15,6 +15,7 @@ from rich.text import Text
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.manifest import Manifest
 from tvm_nm.patterns import Dense
+from tvm_nm.rearrangement_report import RearrangementReport
 from tvm_nm.reference_run import TensorSpec
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "layer_table",
     "layer_times_table",
+    "rearrangement_table",
     "report_text",
     "short_count",
     "sparsity_rows",
@@ -41,6 +43,8 @@ _WIDE = 400
 def report_text(manifest: Manifest, times: Sequence[LayerTime] = ()) -> str:
     """Return the content of the report file, with the layers' times if they were measured."""
     text = f"{summary(manifest)}\n\n{to_text(layer_table(manifest.layers))}"
+    if manifest.rearrangement is not None:
+        text += f"\nFilter rearrangement:\n\n{to_text(rearrangement_table(manifest.rearrangement))}"
     if times:
         text += f"\nMeasured, one inference:\n\n{to_text(layer_times_table(times))}"
     return text
@@ -68,6 +72,7 @@ def summary(manifest: Manifest) -> str:
         f"outputs    {_signature(manifest.outputs)}",
         f"target     {cpu}, {manifest.threads} thread{'s' if manifest.threads > 1 else ''}",
         f"pattern    {manifest.pattern} at density {manifest.density:g}",
+        *([] if manifest.rearrangement is None else [_rearranged(manifest.rearrangement)]),
         f"executed   {short_count(manifest.kept_macs)} of {short_count(manifest.macs)} MACs ({share:.1%})",
         f"tuning     {_tuning(manifest.layers)}",
         f"library    {manifest.library_bytes / 1e6:.1f} MB (sha256 {manifest.library_sha256[:12]})",
@@ -103,6 +108,20 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
     table.add_section()
     totals = (f"{kept / max(1, macs):.3f}", "", *map(short_count, (macs, kept, packed)))
     table.add_row(f"{len(layers)} layers", "", "", "", totals[0], totals[1], "", *totals[2:])
+    return table
+
+
+def rearrangement_table(report: RearrangementReport) -> Table:
+    """Show what rearrangement did to each pruned layer: the share of its L1 norm that is kept, and what moved."""
+    table = _table("layer", "pattern", "kept before", "kept after", "outputs moved", "inputs moved", "note")
+    for layer in report.layers:
+        if layer.pattern:
+            notes = [
+                f"{axis}: {note}" for axis, note in (("out", layer.outputs_note), ("in", layer.inputs_note)) if note
+            ]
+            shares = f"{layer.kept_before:.4f}", f"{layer.kept_after:.4f}"
+            moved = str(layer.outputs_moved), str(layer.inputs_moved)
+            table.add_row(layer.name, layer.pattern, *shares, *moved, "; ".join(notes))
     return table
 
 
@@ -222,12 +241,20 @@ def _tuning(layers: Sequence[LayerReport]) -> str:
     return ", ".join(parts) or "no layers"
 
 
+def _rearranged(report: RearrangementReport) -> str:
+    before, after = report.kept
+    return (
+        f"rearranged by {report.method} in {report.seconds:.1f} s: keeps {after:.1%} of the L1 norm, not {before:.1%}"
+    )
+
+
 def _signature(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{s.name} {s.dtype}{list(s.shape)}" for s in specs)
 
 
 _NUMBERS = frozenset({"density", "MACs", "kept", "bytes", "calls", "us", "share", "GFLOP/s"})
 _NUMBERS |= {"of peak", "alone us", "dense us", "gain", "groups", "threads", "median ms", "min ms", "speed-up"}
+_NUMBERS |= {"kept before", "kept after", "outputs moved", "inputs moved"}
 
 
 def _table(*columns: str) -> Table:

@@ -243,6 +243,7 @@ def test_wrong_use(model: Path, costs: Path, tmp_path: Path) -> None:
     assert "need a MODEL" in fails("compile", "--budget", "0.5")
     assert "--pattern and --density go with" in fails("compile", model, "--budget", "0.5", "--pattern", "1x4")
     assert "planned already" in fails("compile", model, "--budget", "0.5", "--plan", costs)
+    assert "--rearrange goes with no budget" in fails("compile", model, "--max-loss", "0.1", "--rearrange", "swap")
     assert "is not a plan" in fails("compile", model, "--plan", costs, "--threads", "1")
     assert "was made for 1 threads" in fails("plan", model, "--costs", costs, "--budget", "0.5", "--threads", "2")
     other = dataclasses.replace(CostTable.load(costs), revision=0)

@@ -22,8 +22,12 @@ from tvm_nm.artifact import LIBRARY, REPORT
 from tvm_nm.compiler import resolve_target
 from tvm_nm.environment import missing_features
 from tvm_nm.errors import ArtifactError, EnvironmentMismatchError, ModelMismatchError, PlanError, UnsupportedModelError
+from tvm_nm.frontend import import_onnx
+from tvm_nm.inventory import inventory
 from tvm_nm.linker import file_sha256
 from tvm_nm.manifest import MANIFEST, Manifest
+from tvm_nm.patterns import parse_pattern
+from tvm_nm.plan import uniform_plan
 from tvm_nm.pruning import PruneRequest, prune_file
 from tvm_nm.reference_run import random_inputs, run_onnx
 
@@ -286,3 +290,47 @@ def test_a_build_needs_a_few_times_the_weights(tmp_path: Path, pattern: str) -> 
     weights = (tmp_path / "heavy.onnx").stat().st_size
     before, most = memory_of_build(tmp_path / "heavy.onnx", tmp_path / "out", pattern)
     assert most - before < 4 * weights  # 3.3 times, and what LLVM and onnxruntime take whatever the model
+
+
+@pytest.mark.parametrize(("pattern", "density"), [("1x4", 0.5), ("2:4", None)])
+def test_a_rearranged_build_is_verified_and_reported(
+    wide_file: Path, tmp_path: Path, pattern: str, density: float | None
+) -> None:
+    output = tmp_path / "out"
+    plain = tvm_nm.compile(wide_file, pattern=pattern, density=density, rearrange="none")
+    model = tvm_nm.compile(wide_file, output=output, pattern=pattern, density=density, rearrange="swap")
+    assert plain.manifest.rearrangement is None
+    found = Manifest.load(output).rearrangement
+    assert found is not None
+    assert found == model.manifest.rearrangement
+    assert model.manifest.verification is not None
+    assert model.manifest.verification.max_rel < 1e-5
+    before, after = found.kept
+    assert after > before
+    assert [layer.pattern for layer in found.layers] == ["", pattern, ""]
+    assert [layer.density for layer in model.layers] == [1, 0.5, 1]
+    report = (output / REPORT).read_text()
+    assert f"rearranged by swap in {found.seconds:.1f} s: keeps {after:.1%} of the L1 norm, not {before:.1%}" in report
+    assert "Filter rearrangement:" in report
+    assert f"{found.layers[1].kept_after:.4f}" in report
+    inputs = random_inputs(model.inputs, seed=3)
+    assert not np.allclose(model(inputs), plain(inputs), rtol=1e-3)
+
+
+def test_a_plan_is_rearranged_like_a_pattern(wide_file: Path) -> None:
+    plan = uniform_plan(inventory(import_onnx(wide_file, verify=False).module), parse_pattern("1x4"), 0.5)
+    model = tvm_nm.compile(wide_file, plan=plan, rearrange="swap", threads=1)
+    by_pattern = tvm_nm.compile(wide_file, pattern="1x4", density=0.5, rearrange="swap", threads=1)
+    found, other = model.manifest.rearrangement, by_pattern.manifest.rearrangement
+    assert found is not None
+    assert other is not None
+    assert found.layers == other.layers
+    assert model.manifest.verification is not None
+    assert model.manifest.verification.max_rel < 1e-5
+
+
+def test_unknown_rearrangements_are_refused(wide_file: Path) -> None:
+    with pytest.raises(PlanError, match="no such rearrangement: 'best'; there are none, sort, cluster, swap"):
+        tvm_nm.compile(wide_file, rearrange="best")
+    with pytest.raises(PlanError, match="leave out --calib or --rearrange"):
+        tvm_nm.compile(wide_file, rearrange="swap", images=lambda shape: pytest.fail(f"opened for {shape}"))

@@ -2,7 +2,7 @@
 
 Loop nest after scheduling (default decisions of a 3x3 convolution on AVX-512: tile 8 x 3 vectors)::
 
-    parallel n, channel                          # pad: the zero-padded, phase-split copy (absent where not needed)
+    parallel n, channel                          # pad: the zero-padded, phase-split copy, or one in each task
     parallel n, chunk, group, rows-of-task       # one task: a chunk of output rows x some block rows
       for pixel tile                             #   its inputs stay in L1/L2 while all its channels are computed
         for block row, tile
@@ -12,6 +12,9 @@ Loop nest after scheduling (default decisions of a 3x3 convolution on AVX-512: t
           scratch = acc
       for channel, row, column                   # epilogue from the scratch: bias, residual, activation, crop
         out = ...
+
+A flat row of pixels (1x1 kernels) is packed for each pixel tile, or read in place, and its tiles go through the epilogue
+without a scratch.
 
 Decisions: pixel vectors of the register tile, block rows of a task, unrolling of the reduction.
 """

@@ -13,7 +13,7 @@ Loop nest after scheduling (default decisions of a 3x3 convolution on AVX-512: t
       for channel, row, column                   # epilogue from the scratch: bias, residual, activation, crop
         out = ...
 
-A flat row of pixels (1x1 kernels) is packed for each pixel tile, or read in place, and its tiles go through the epilogue
+A flat row of pixels (1x1 kernels) is packed for each pixel tile, or read in place; its tiles go through the epilogue
 without a scratch.
 
 Decisions: pixel vectors of the register tile, block rows of a task, unrolling of the reduction.

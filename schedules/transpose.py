@@ -7,6 +7,7 @@ needs `log2(lanes)` of them for each vector, a quarter of an instruction for eac
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,9 @@ from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
-__all__ = ["transpose_intrinsic"]
+__all__ = ["register_named_intrinsics", "transpose_intrinsic"]
+
+_NAME = re.compile(r"tvm_nm_transpose_(\d+)_(\d+(?:x\d+)*)")
 
 
 @lru_cache(maxsize=256)
@@ -30,6 +33,12 @@ def transpose_intrinsic(lanes: int, *shape: int) -> str | None:
     description, implementation = _function(lanes, shape, _copy), _function(lanes, shape, _shuffle_tiles)
     s_tir.TensorIntrin.register(name, description, implementation, override=True)
     return name
+
+
+def register_named_intrinsics(text: str) -> None:
+    """Register the intrinsics that a text names: records of schedules cannot be read in a process that lacks them."""
+    for lanes, shape in set(_NAME.findall(text)):
+        transpose_intrinsic(int(lanes), *map(int, shape.split("x")))
 
 
 def _function(lanes: int, shape: tuple[int, ...], body: Callable[[Any, Any], None]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from tvm.s_tir.meta_schedule import relax_integration
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.pipeline import build_executable
 from tvm_nm.pruning import PruneRequest, prune_module
+from tvm_nm.schedules.channel_conv import ChannelConvKernel
+from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.variants import ranked_kernels, variant_text
-from tvm_nm.tuning.database import Trial, TuningDatabase
+from tvm_nm.tuning.database import Trial, TuningDatabase, open_records
 from tvm_nm.tuning.metaschedule import (
     OP_NAMES,
     build_tuned,
@@ -30,6 +34,7 @@ from tvm_nm.tuning.metaschedule import (
     tunable_module,
 )
 from tvm_nm.tuning.tasks import model_tasks
+from tvm_nm.workload import ConvWorkload
 
 TARGET = host_target(1)
 MACHINE = machine_of(TARGET)
@@ -123,9 +128,27 @@ def test_metaschedule_finds_the_records_of_tune(pruned: tvm.IRModule, tmp_path: 
             mine.add([Trial(item.task, variant_text(kernel), 1.0)])
     mine.commit_records(best for best in map(mine.best, mine.tasks()) if best is not None)
     module = tunable_module(pruned, TARGET, always_sparse=True, tuned=mine)
-    database = ms.database.JSONDatabase(work_dir=str(mine.folder))
+    database = open_records(mine.folder)
     for task in relax_integration.extract_tasks(module, TARGET):
         found = database.query_tuning_record(task.dispatched[0], TARGET, task.task_name)
         assert (found is not None) == any(name in task.task_name for name in OP_NAMES)
     expected = run(build_executable(pruned, TARGET, always_sparse=True).executable)
     np.testing.assert_allclose(run(build_tuned(module, TARGET, database)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_records_open_in_a_process_that_did_not_write_them(tmp_path: Path) -> None:
+    """Schedules of channel-vector kernels name a tensor intrinsic, which only the process that made it knows."""
+    work = ConvWorkload(1, 16, 32, 14, 14, (3, 3), padding=(1, 1, 1, 1))
+    task = KernelTask("conv", work, 1)
+    kernel = next(k for k in ranked_kernels(task, MACHINE, 12) if isinstance(k, ChannelConvKernel))
+    mine = TuningDatabase(tmp_path, TARGET)
+    mine.start(1.0)
+    mine.add([Trial(task, variant_text(kernel), 1.0)])
+    mine.commit_records([best for best in [mine.best(task)] if best is not None])
+    script = (
+        "import sys; from tvm_nm.tuning.database import open_records; "
+        "print(len(open_records(sys.argv[1]).get_all_tuning_records()))"
+    )
+    command = [sys.executable, "-c", script, str(mine.folder)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert found.stdout.split() == ["1"]

@@ -34,13 +34,15 @@ from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, KernelTask, parse_ta
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.tensor_intrin_stub import skip_tensor_intrinsics
 from tvm_nm.schedules.tiling import predicted_cycles
+from tvm_nm.schedules.transpose import register_named_intrinsics
 from tvm_nm.schedules.tuned import Origin, TunedKernel
 from tvm_nm.schedules.variants import Kernel, kernel_from_text, kernel_prim_func, variant_text
 
-__all__ = ["Trial", "TrialTable", "TuningDatabase", "target_name"]
+__all__ = ["Trial", "TrialTable", "TuningDatabase", "open_records", "target_name"]
 
 _FORMAT = "tvm_nm trials"
 _VERSION = 1
+_RECORDS = "database_tuning_record.json"  # MetaSchedule's name
 _log = logging.getLogger(__name__)
 
 
@@ -280,12 +282,12 @@ class TuningDatabase(TrialTable):
         Such a record goes with one packed layout and one function; what a build needs to choose among layouts is in the
         trials. A schedule here is the template with its defaults, which the variant is.
         """
+        skip_tensor_intrinsics()
         from tvm.s_tir import meta_schedule as ms
 
-        skip_tensor_intrinsics()
         with self._lock():
             # Opened for each call, under the lock: it counts the lines of its file, which others may have added to.
-            records = ms.database.JSONDatabase(work_dir=str(self.folder))
+            records = open_records(self.folder)
             for best in found:
                 module = tvm.IRModule({"main": kernel_prim_func(best.kernel)})
                 schedule = s_tir.Schedule(module)
@@ -305,6 +307,20 @@ class TuningDatabase(TrialTable):
 
         self.folder.mkdir(parents=True, exist_ok=True)
         return need_filelock().FileLock(str(self.folder / ".lock"))
+
+
+def open_records(folder: str | os.PathLike[str]) -> Any:
+    """Open the MetaSchedule database (`JSONDatabase`) in a folder, whichever process wrote it.
+
+    Schedules name tensor intrinsics, which TVM must know before it can read them.
+    """
+    skip_tensor_intrinsics()
+    from tvm.s_tir import meta_schedule as ms
+
+    records = Path(folder) / _RECORDS
+    if records.is_file():
+        register_named_intrinsics(records.read_text(encoding="utf-8"))
+    return ms.database.JSONDatabase(work_dir=os.fspath(folder))
 
 
 def target_name(target: tvm.target.Target) -> str:

@@ -124,7 +124,7 @@ class ChannelConvKernel:
     def macs(self) -> int:
         """Multiply-accumulates on kept weights, padding of short rows included."""
         work = self.workload
-        return work.batch * work.out_height * work.out_width * work.out_channels * self.kept
+        return work.batch * work.out_pixels * work.out_channels * self.kept
 
     def __str__(self) -> str:
         copy = "direct" if self.reads_input_directly else "padded"

@@ -25,17 +25,12 @@ import tvm_ffi
 from tvm import s_tir
 
 from tvm_nm.schedules.channel_conv import CHANNEL_CONV_RULE
+from tvm_nm.schedules.decisions import choose
 from tvm_nm.schedules.transpose import transpose_intrinsic
 
 __all__ = ["schedule_channel_conv"]
 
 _MOST_ACCUMULATORS = 28
-
-
-def _choose(sch: s_tir.Schedule, candidates: list[int], default: int) -> Any:
-    """Sample one candidate; untuned schedules take `default`."""
-    probability = [1.0 / len(candidates)] * len(candidates)
-    return sch.sample_categorical(candidates, probability, decision=candidates.index(default))
 
 
 @tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{CHANNEL_CONV_RULE}", override=True)  # type: ignore[untyped-decorator]
@@ -79,9 +74,9 @@ def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, rows: int, columns: int,
     vectors, height, width = (int(sch.get(loop).extent) for loop in (v, y, x))
     most = max(rows * columns, _MOST_ACCUMULATORS // vectors)
     length = int(sch.get(kept).extent)
-    tile_columns = _choose(sch, [c for c in range(1, width + 1) if c <= most], columns)
-    tile_rows = _choose(sch, [r for r in range(1, height + 1) if r <= most], rows)
-    per_block = _choose(sch, [d for d in range(1, length + 1) if length % d == 0], kept_per_block)
+    tile_columns = choose(sch, [c for c in range(1, width + 1) if c <= most], columns)
+    tile_rows = choose(sch, [r for r in range(1, height + 1) if r <= most], rows)
+    per_block = choose(sch, [d for d in range(1, length + 1) if length % d == 0], kept_per_block)
     kept_outer, kept_inner = sch.split(kept, [None, per_block])
     y_outer, y_inner = sch.split(y, [None, tile_rows])
     x_outer, x_inner = sch.split(x, [None, tile_columns])

@@ -60,7 +60,7 @@ def _tiles(extent: int, size: int) -> list[tuple[int, int]]:
 def predicted_channel_cycles(kernel: ChannelConvKernel) -> float:
     """Return the model's cycles of a kernel on one thread, comparable with `tiling.predicted_cycles`."""
     work = kernel.workload
-    pixels = work.out_height * work.out_width
+    pixels = work.out_pixels
     tasks = work.batch * work.groups * kernel.block_rows * kernel.tiles
     step = _map_cycles(work, kernel.vectors, kernel.tile_rows, kernel.tile_columns)
     blocks = kernel.kept // kernel.kept_per_block
@@ -134,7 +134,7 @@ def channel_cycles(kernel: ChannelConvKernel, machine: Machine) -> float:
 def _vector_counts(work: ConvWorkload, machine: Machine, block: int | None) -> list[int]:
     """Return the vectors of channels to try; none for few channels, or a pattern that is not whole vectors."""
     lanes = machine.lanes
-    pixels = work.out_height * work.out_width
+    pixels = work.out_pixels
     if work.out_channels_per_group < lanes or work.in_channels_per_group == 1:
         return []
     if block is not None and (block % lanes or block > work.out_channels_per_group):

@@ -125,7 +125,7 @@ class ConvKernel:
         """Multiply-accumulates on kept weights, padding of short rows included, thrown-away pixels not."""
         work = self.workload
         taps = 1 if self.index is IndexKind.POSITION else work.taps
-        return work.batch * work.out_height * work.out_width * work.out_channels * self.kept * taps
+        return work.batch * work.out_pixels * work.out_channels * self.kept * taps
 
     def __str__(self) -> str:
         copy = self.geometry.copy.value

@@ -27,6 +27,7 @@ import tvm_ffi
 from tvm import s_tir
 
 from tvm_nm.schedules.conv import CONV_RULE
+from tvm_nm.schedules.decisions import choose
 from tvm_nm.schedules.geometry import CopyScope
 
 __all__ = ["schedule_conv", "schedule_pad"]
@@ -38,12 +39,6 @@ _MOST_ACCUMULATORS = 28
 
 def _divisors(number: int, largest: int) -> list[int]:
     return [d for d in range(1, min(number, largest) + 1) if number % d == 0]
-
-
-def _choose(sch: s_tir.Schedule, candidates: list[int], default: int) -> Any:
-    """Sample one candidate; untuned schedules take `default`."""
-    probability = [1.0 / len(candidates)] * len(candidates)
-    return sch.sample_categorical(candidates, probability, decision=candidates.index(default))
 
 
 def _attribute(sch: s_tir.Schedule, block: Any, name: str) -> int:
@@ -66,7 +61,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     default_rows = _attribute(sch, sums, "tvm_nm_rows_per_task")
 
     vector_choices = list(range(1, min(vectors, max(default_vectors, _MOST_ACCUMULATORS // oc_tile)) + 1))
-    vectors_per_tile = _choose(sch, vector_choices, default_vectors)
+    vectors_per_tile = choose(sch, vector_choices, default_vectors)
     per_group = int(sch.get(sch.get_loops(out)[1]).extent) // groups
 
     # One task: a chunk of rows, some block rows of one group.
@@ -77,7 +72,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
         # A short last block row: the task spans them all, so that the epilogue needs no bounds checks.
         task_rows, channel = sch.split(in_group, [1, None])
     else:
-        rows_per_task = _choose(sch, _divisors(block_rows, block_rows), default_rows)
+        rows_per_task = choose(sch, _divisors(block_rows, block_rows), default_rows)
         task_rows, rows_of_task, in_row = sch.split(in_group, [None, rows_per_task, block])
         channel = sch.fuse(rows_of_task, in_row)
     sch.reorder(n, chunk, group, task_rows, channel, row, x)
@@ -163,7 +158,7 @@ def _accumulate_in_scratch(sch: s_tir.Schedule, sums: Any, task: Any, vectors_pe
     split = len(loops) - (3 if taps else 1)
     reduction, (n, chunk, group, row, tile, o, vector, lane) = loops[split:], loops[split - 8 : split]
     kept_choices = _divisors(int(sch.get(reduction[0]).extent), int(sch.get(reduction[0]).extent))
-    block_outer, block_inner = sch.split(reduction[0], [None, _choose(sch, kept_choices, default)])
+    block_outer, block_inner = sch.split(reduction[0], [None, choose(sch, kept_choices, default)])
     tile_outer, tile_inner = _split_tile(sch, vector, vectors_per_tile)
     taps_loops = list(reduction[1:])
     sch.reorder(n, chunk, group, tile_outer, block_outer, row, tile, block_inner, *taps_loops, o, tile_inner, lane)

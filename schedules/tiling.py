@@ -52,7 +52,7 @@ _PACKED_TOUCH = 0.5
 _STRIDED_STEP_CYCLES = 1.5
 
 # Limits to try for a task's sums: they fit L1 beside the weights, or a part of L2.
-_SCRATCH_BYTES = (24 * 1024, 96 * 1024, 256 * 1024)
+SCRATCH_BYTES = (24 * 1024, 96 * 1024, 256 * 1024)
 _L1_COPY_BYTES_PER_CYCLE = 32.0
 _L2_COPY_BYTES_PER_CYCLE = 10.0
 _MAX_BLOCKED_OC_TILE = 3
@@ -149,7 +149,7 @@ def _scratch_cycles(kernel: ConvKernel) -> float:
     if kernel.stores_from_registers:
         return 0.0
     chunk_bytes = 4 * kernel.block * geometry.vectors * geometry.lanes
-    fits_l1 = kernel.rows_per_task * chunk_bytes <= _SCRATCH_BYTES[0]
+    fits_l1 = kernel.rows_per_task * chunk_bytes <= SCRATCH_BYTES[0]
     speed = _L1_COPY_BYTES_PER_CYCLE if fits_l1 else _L2_COPY_BYTES_PER_CYCLE
     return 2 * work.batch * geometry.chunks * work.groups * kernel.block_rows * chunk_bytes / speed
 
@@ -204,7 +204,7 @@ def choose_kernel(
         for oc_tile in oc_tiles(workload, machine, block)
         for geometry in geometries
         for kept_per_block in reduction_blocks(kept, oc_tile)
-        for scratch in _SCRATCH_BYTES
+        for scratch in SCRATCH_BYTES
     ]
     return min(variants, key=predicted_cycles)
 

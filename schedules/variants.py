@@ -24,6 +24,7 @@ from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.tiling import (
+    SCRATCH_BYTES,
     choose_kernel,
     geometries_for,
     index_dtype,
@@ -48,7 +49,6 @@ __all__ = [
 
 Kernel: TypeAlias = ConvKernel | ChannelConvKernel | FcKernel | WinogradKernel
 
-_SCRATCH_LIMITS = (24 * 1024, 96 * 1024, 256 * 1024)
 _BEST_LAYOUTS = 24
 _OF_CHANNELS = 6
 # A family other than the usual one must be predicted to be this much faster: the model's error is of this order.
@@ -170,7 +170,7 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     cut = int(found["cut"] or 0)
     tile, vectors, rows = int(found["tile"]), int(found["vectors"]), int(found["task"])
     kernel = variant(
-        geometry, machine, task.block or None, tile, task.index, task.kept or task.inputs, 0, _SCRATCH_LIMITS[0]
+        geometry, machine, task.block or None, tile, task.index, task.kept or task.inputs, 0, SCRATCH_BYTES[0]
     )
     vectors = min(vectors, geometry.vectors)
     divides = kernel.block_rows % rows == 0
@@ -287,7 +287,7 @@ def _layouts(task: KernelTask, machine: Machine) -> Iterator[ConvKernel]:
     for tile in oc_tiles(task.workload, machine, block):
         for geometry in geometries_for(task.workload, machine, task.index):
             for cut in reduction_blocks(kept, tile):
-                yield variant(geometry, machine, block, tile, task.index, kept, cut, _SCRATCH_LIMITS[1])
+                yield variant(geometry, machine, block, tile, task.index, kept, cut, SCRATCH_BYTES[1])
 
 
 def _decisions(kernel: ConvKernel) -> list[ConvKernel]:
@@ -330,7 +330,7 @@ def _tile_steps(kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
     block = None if kernel.index is IndexKind.NONE else kernel.block
     task = KernelTask.of(kernel, machine.threads)
     return [
-        variant(kernel.geometry, machine, block, tile, kernel.index, kernel.kept, 0, _SCRATCH_LIMITS[1])
+        variant(kernel.geometry, machine, block, tile, kernel.index, kernel.kept, 0, SCRATCH_BYTES[1])
         for tile in oc_tiles(task.workload, machine, block)
         if tile != kernel.oc_tile
     ]

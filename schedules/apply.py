@@ -18,6 +18,7 @@ from tvm_nm.schedules.fc import FC_RULE, schedule_fc
 from tvm_nm.schedules.generic import schedule_generic
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import POOL_RULE, schedule_pool
+from tvm_nm.schedules.prefetch import add_prefetches
 from tvm_nm.schedules.winograd import WINOGRAD_RULE
 from tvm_nm.schedules.winograd_template import schedule_winograd
 
@@ -80,7 +81,7 @@ def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: 
         TEMPLATES[rule](sch, block)
     attributes = dict(func.attrs.items())
     attributes["tirx.is_scheduled"] = True
-    return sch.mod["main"].with_attrs(attributes)
+    return add_prefetches(sch.mod["main"]).with_attrs(attributes)
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_nm.ApplyDefaultSchedules")

@@ -16,10 +16,9 @@ from typing import Any
 
 import tvm
 from tvm import te, tirx
-from tvm.s_tir import SBlock, SBlockRealize
-from tvm.tirx import BufferRegion
 
 from tvm_nm.schedules.epilogue import activate
+from tvm_nm.schedules.flat_rows import flat_row, with_flat_output
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
 from tvm_nm.workload import ConvWorkload
 
@@ -116,6 +115,11 @@ class ConvKernel:
         )
 
     @property
+    def panel(self) -> int:
+        """Pixels of a register tile."""
+        return self.vectors_per_tile * self.geometry.lanes
+
+    @property
     def channel_stride(self) -> int:
         """What the index of one channel's input differs by from the next one's (`POSITION`)."""
         return 1 if self.geometry.flat else self.geometry.channel_size
@@ -147,32 +151,6 @@ def padded_input(geometry: PixelGeometry, data: te.Tensor, fill: float = 0.0) ->
     return te.compute(shape, element, name="pad", attrs={"tvm_nm_phase_columns": geometry.phase_columns})
 
 
-def _flat_row(geometry: PixelGeometry, data: te.Tensor) -> te.Tensor:
-    """Return what a kernel of flat pixels reads: the input, or what is left of it by a stride, as it is or packed.
-
-    Packed it has the shape of `padded_input` with a single row, the vectors of `PixelGeometry.flat_pixel` one after
-    another.
-    """
-    work, lanes = geometry.workload, geometry.lanes
-    source = data
-    if geometry.subsampled:
-
-        def pixel(n: Any, c: Any, _row: Any, flat: Any) -> Any:
-            y, x = tirx.indexdiv(flat, work.out_width), tirx.indexmod(flat, work.out_width)
-            return data[n, c, y * work.stride[0], x * work.stride[1]]
-
-        attrs = {"tvm_nm_phase_columns": 1, "tvm_nm_plane": [1, work.out_height, work.out_width]}
-        source = te.compute((work.batch, work.in_channels, 1, work.out_pixels), pixel, name="subsample", attrs=attrs)
-    if geometry.copy is CopyScope.NONE:
-        return source
-
-    def element(n: Any, c: Any, _phase: Any, _row: Any, column: Any) -> Any:
-        return source[n, c, 0, geometry.flat_pixel(0, tirx.indexdiv(column, lanes), tirx.indexmod(column, lanes))]
-
-    shape = (work.batch, work.in_channels, 1, 1, geometry.chunks * geometry.pitch)
-    return te.compute(shape, element, name="pad", attrs={"tvm_nm_phase_columns": 1})
-
-
 @lru_cache(maxsize=512)
 def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
     """Return the unscheduled PrimFunc of a kernel variant.
@@ -195,7 +173,7 @@ def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
     arguments = [data, weight, index, bias, residual, out]
     func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
     if kernel.geometry.flat:
-        func = _with_flat_output(func, kernel.geometry, out_shape)
+        func = with_flat_output(func, kernel.geometry, out_shape)
     return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
 
 
@@ -203,7 +181,7 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
     work, geometry = kernel.workload, kernel.geometry
     lanes, pitch = geometry.lanes, geometry.pitch
     if geometry.flat:
-        source = _flat_row(geometry, data)
+        source = flat_row(geometry, kernel.panel, data)
     else:
         source = _flattened(kernel, data) if kernel.index is IndexKind.POSITION else padded_input(geometry, data)
     kept = te.reduce_axis((0, kernel.kept), name="kept")
@@ -216,13 +194,16 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         It knows no bounds of what a table holds, but that a remainder is less than its divisor: a power of two, so that
         the remainder costs a single bitwise and.
         """
-        if geometry.copy in (CopyScope.TASK, CopyScope.TILE):
+        if geometry.copy in (CopyScope.TASK, CopyScope.TILE, CopyScope.CHUNK):
             return tirx.indexmod(channel, 1 << (work.in_channels - 1).bit_length())
         return channel
 
     def read_flat(n: Any, channel: Any, chunk: Any, v: Any, lane: Any) -> Any:
         if geometry.copy is CopyScope.TILE:
             return source[n, channel, 0, 0, chunk * pitch + v * lanes + lane]
+        if geometry.copy is CopyScope.CHUNK:
+            tile, in_tile = tirx.indexdiv(v, kernel.vectors_per_tile), tirx.indexmod(v, kernel.vectors_per_tile)
+            return source[n, chunk, tile, channel, in_tile * lanes + lane]
         # Beyond the first row: the rows of a plane follow one another.
         return source[n, channel, 0, geometry.flat_pixel(chunk, v, lane)]
 
@@ -352,40 +333,6 @@ def _channel_place(kernel: ConvKernel, oc: Any) -> tuple[Any, ...]:
         tirx.indexdiv(in_row, kernel.oc_tile),
         tirx.indexmod(in_row, kernel.oc_tile),
     )
-
-
-def _with_flat_output(func: tvm.tirx.PrimFunc, geometry: PixelGeometry, shape: tuple[int, ...]) -> tvm.tirx.PrimFunc:
-    """Let the last block store to an output (N, OC, OH, OW) at each chunk's place in the flat row.
-
-    Chunks may overlap at the end, which a TE computation cannot express: it has one iteration for each element.
-    """
-    out = tirx.decl_buffer(shape, "float32", name="out")
-
-    def moved(block: SBlock) -> SBlock:
-        store = block.body
-        n, oc, chunk, pixel = store.indices
-        vector, lane = tirx.indexdiv(pixel, geometry.lanes), tirx.indexmod(pixel, geometry.lanes)
-        place = [n, oc, tirx.const(0, "int32"), geometry.flat_pixel(chunk, vector, lane)]
-        region = [tvm.ir.Range.from_min_extent(index, 1) for index in place]
-        return SBlock(
-            block.iter_vars,
-            block.reads,
-            [BufferRegion(out, region)],
-            block.name_hint,
-            tirx.BufferStore(out, store.value, place),
-            annotations=block.annotations,
-        )
-
-    def within(node: Any) -> Any:
-        if isinstance(node, tirx.SeqStmt):
-            return tirx.SeqStmt([*node.seq[:-1], within(node.seq[-1])])
-        if isinstance(node, tirx.For):
-            return tirx.For(node.loop_var, node.min, node.extent, node.kind, within(node.body))
-        return SBlockRealize(node.iter_values, node.predicate, moved(node.block))
-
-    root = func.body.block
-    body = SBlock([], [], [], root.name_hint, within(root.body), alloc_buffers=root.alloc_buffers)
-    return tirx.PrimFunc([*func.params[:-1], out], SBlockRealize([], True, body), func.ret_type, func.attrs)
 
 
 def _lane_of(pixel: Any, geometry: PixelGeometry) -> Any:

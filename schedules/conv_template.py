@@ -21,6 +21,7 @@ Decisions: pixel vectors of the register tile, block rows of a task, unrolling o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tvm_ffi
@@ -29,6 +30,7 @@ from tvm import s_tir
 from tvm_nm.schedules.conv import CONV_RULE
 from tvm_nm.schedules.decisions import choose
 from tvm_nm.schedules.geometry import CopyScope
+from tvm_nm.schedules.prefetch import PREFETCH
 
 __all__ = ["schedule_conv", "schedule_pad"]
 
@@ -61,6 +63,8 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     default_rows = _attribute(sch, sums, "tvm_nm_rows_per_task")
 
     vector_choices = list(range(1, min(vectors, max(default_vectors, _MOST_ACCUMULATORS // oc_tile)) + 1))
+    if copy_scope is CopyScope.CHUNK:
+        vector_choices = [default_vectors]  # the panels are laid out for it
     vectors_per_tile = choose(sch, vector_choices, default_vectors)
     per_group = int(sch.get(sch.get_loops(out)[1]).extent) // groups
 
@@ -80,7 +84,8 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     sch.parallel(task)
     producers = {sch.get(producer).name_hint: producer for producer in sch.get_producers(sums)}
     if _attribute(sch, sums, "tvm_nm_store_from_registers"):
-        tile = _store_from_registers(sch, sums, out, (channel, x), oc_tile, vectors_per_tile)
+        panels = copy_scope is CopyScope.CHUNK
+        tile = _store_from_registers(sch, sums, out, (channel, x), oc_tile, vectors_per_tile, panels=panels)
     elif _attribute(sch, sums, "tvm_nm_kept_per_block"):
         tile = _accumulate_in_scratch(sch, sums, task, vectors_per_tile)
     else:
@@ -89,6 +94,8 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
         producers |= {sch.get(producer).name_hint: producer for producer in sch.get_producers(producers["pad"])}
         if copy_scope is CopyScope.TILE:
             _schedule_packing(sch, producers["pad"], tile, lanes)
+        elif copy_scope is CopyScope.CHUNK:
+            _schedule_panels(sch, producers["pad"], task, lanes)
         else:
             schedule_pad(sch, producers["pad"], task if copy_scope is CopyScope.TASK else None)
     if "subsample" in producers:
@@ -97,21 +104,33 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
 
 
 def _store_from_registers(
-    sch: s_tir.Schedule, sums: Any, out: Any, loops: tuple[Any, Any], oc_tile: int, vectors_per_tile: Any
+    sch: s_tir.Schedule,
+    sums: Any,
+    out: Any,
+    loops: tuple[Any, Any],
+    oc_tile: int,
+    vectors_per_tile: Any,
+    *,
+    panels: bool,
 ) -> Any:
-    """Sum a register tile and store it through the epilogue; output rows of whole vectors need no scratch."""
+    """Sum a register tile and store it through the epilogue; output rows of whole vectors need no scratch.
+
+    Where all tiles of pixels are packed as `panels`, each tile of channels goes over all of them: its weights are read
+    once, its output row by row.
+    """
     channel, x = loops
     lanes = int(sch.get(sch.get_loops(sums)[7]).extent)
     tile, o = sch.split(channel, [None, oc_tile])
     vector, lane = sch.split(x, [None, lanes])
     tile_outer, tile_inner = _split_tile(sch, vector, vectors_per_tile)
-    sch.reorder(tile_outer, tile, o, tile_inner, lane)
+    outer = (tile, tile_outer) if panels else (tile_outer, tile)
+    sch.reorder(*outer, o, tile_inner, lane)
     sch.vectorize(lane)
     sch.unroll(tile_inner)
     sch.unroll(o)
-    sch.compute_at(sums, tile, preserve_unit_loops=True)
+    sch.compute_at(sums, outer[1], preserve_unit_loops=True)
     sch.set_scope(sums, 0, "local")
-    _order_micro_kernel(sch, sums)
+    _order_micro_kernel(sch, sums, prefetching=oc_tile if panels else 0)
     return tile_outer
 
 
@@ -131,17 +150,26 @@ def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_
     return tile_outer
 
 
-def _order_micro_kernel(sch: s_tir.Schedule, sums: Any) -> None:
-    """Put the reduction outside of the register tile and unroll the tile."""
+def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, *, prefetching: int = 0) -> None:
+    """Put the reduction outside of the register tile and unroll the tile.
+
+    The lines that the epilogue of `prefetching` channels touches are fetched meanwhile, in as many equal parts of the
+    reduction as divide them.
+    """
     taps = _attribute(sch, sums, "tvm_nm_taps")
     loops = sch.get_loops(sums)
     split = len(loops) - (3 if taps else 1)
     reduction, (o, vector, lane) = loops[split:], loops[split - 3 : split]
+    if prefetching:
+        parts = math.gcd(int(sch.get(reduction[0]).extent), prefetching)
+        fetching, rest = sch.split(reduction[0], [parts, None])
+        sch.annotate(fetching, PREFETCH, 1)
+        reduction = [fetching, rest, *reduction[1:]]
     sch.reorder(*reduction, o, vector, lane)
     sch.vectorize(lane)
     sch.unroll(vector)
     sch.unroll(o)
-    _unroll_taps(sch, reduction, taps)
+    _unroll_taps(sch, reduction[-3:], taps)
     sch.decompose_reduction(sums, reduction[0])
 
 
@@ -189,6 +217,16 @@ def _schedule_packing(sch: s_tir.Schedule, pack: Any, tile: Any, lanes: int) -> 
     """Copy the vectors of a register tile, one input channel after another."""
     sch.compute_at(pack, tile, preserve_unit_loops=True)
     vector, lane = sch.split(sch.get_loops(pack)[-1], [None, lanes])
+    sch.vectorize(lane)
+    sch.unroll(vector)
+
+
+def _schedule_panels(sch: s_tir.Schedule, pack: Any, task: Any, lanes: int) -> None:
+    """Copy a chunk's pixels, channel by channel: a channel's are contiguous in the input."""
+    sch.compute_at(pack, task, preserve_unit_loops=True)
+    tile, channel, pixel = sch.get_loops(pack)[-3:]
+    vector, lane = sch.split(pixel, [None, lanes])
+    sch.reorder(channel, tile, vector, lane)
     sch.vectorize(lane)
     sch.unroll(vector)
 

@@ -27,7 +27,7 @@ from tvm import tirx
 
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["CopyScope", "PixelGeometry", "candidate_geometries"]
+__all__ = ["FLAT_SCOPES", "CopyScope", "PixelGeometry", "candidate_geometries"]
 
 _MAX_COLUMN_COPIES = 3
 
@@ -43,6 +43,12 @@ class CopyScope(str, Enum):
     """Each task makes a padded copy of the rows that it reads: it stays in the cache, its planes are close."""
     TILE = "packed"
     """The pixels of each register tile of a flat row are packed for all the channels that the task computes."""
+    CHUNK = "panels"
+    """All register tiles of a chunk are packed first; each tile of channels then goes over all of them."""
+
+
+FLAT_SCOPES = (CopyScope.NONE, CopyScope.TILE, CopyScope.CHUNK)
+"""Of a flat row; the others are of padded rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,7 @@ class PixelGeometry:
     flat: bool = False
 
     def __post_init__(self) -> None:
-        scopes = (CopyScope.NONE, CopyScope.TILE) if self.flat else (CopyScope.LAYER, CopyScope.TASK)
+        scopes = FLAT_SCOPES if self.flat else (CopyScope.LAYER, CopyScope.TASK)
         if self.copy not in scopes:
             raise ValueError(f"no {'flat' if self.flat else 'padded'} pixels with {self.copy}")
 
@@ -210,5 +216,5 @@ def _flat_geometries(workload: ConvWorkload, lanes: int) -> list[PixelGeometry]:
     return [
         PixelGeometry(workload, lanes, size * lanes, 1, copy=scope, flat=True)
         for size in sorted(sizes)
-        for scope in (CopyScope.NONE, CopyScope.TILE)
+        for scope in FLAT_SCOPES
     ]

@@ -48,6 +48,10 @@ _NEAR_LINE_CYCLES = 8.0
 _FAR_LINE_CYCLES = 80.0
 # Packing starts many such loads at once.
 _PACKED_TOUCH = 0.5
+# A tile's part of an output row and of the residual's, of which nobody knows before; panels fetch them ahead.
+_OUTPUT_TOUCH_CYCLES = 30.0
+_NEAR_OUTPUT_TOUCH_CYCLES = 8.0
+_FETCHED_OUTPUT_CYCLES = 4.0
 # A channel's inputs lie a whole plane after the previous one's: beyond L1, no prefetcher follows.
 _STRIDED_STEP_CYCLES = 1.5
 
@@ -77,7 +81,8 @@ def _load_slots(geometry: PixelGeometry) -> float:
     """Load slots of one input vector: two where it straddles a cache line."""
     work = geometry.workload
     if geometry.flat:
-        return 1.0 if geometry.copy is CopyScope.TILE or work.out_pixels % geometry.lanes == 0 else _STRADDLE
+        packed = geometry.copy in (CopyScope.TILE, CopyScope.CHUNK)
+        return 1.0 if packed or work.out_pixels % geometry.lanes == 0 else _STRADDLE
     if work.taps == 1:
         return 1.0
     aligned_rows = geometry.pitch % geometry.lanes == 0 or work.kernel[0] == 1
@@ -111,6 +116,9 @@ def _copy_cycles(kernel: ConvKernel) -> float:
         cycles += channels * work.out_pixels * 4 / _COPY_BYTES_PER_CYCLE
     if geometry.copy is CopyScope.TILE:
         cycles += tasks_of_chunk * channels * geometry.chunks * geometry.pitch * 4 / _PACK_BYTES_PER_CYCLE
+    if geometry.copy is CopyScope.CHUNK:
+        pixels = geometry.chunks * -(-geometry.pitch // kernel.panel) * kernel.panel
+        cycles += tasks_of_chunk * channels * pixels * 4 / _PACK_BYTES_PER_CYCLE
     if geometry.copy is CopyScope.LAYER:
         cycles += channels * geometry.channel_size * 4 / _COPY_BYTES_PER_CYCLE
     if geometry.copy is CopyScope.TASK:
@@ -126,7 +134,8 @@ def _stream_cycles(kernel: ConvKernel) -> float:
     geometry, work = kernel.geometry, kernel.workload
     pixel_tiles = geometry.chunks * -(-geometry.vectors // kernel.vectors_per_tile)
     weight_bytes = 4 * math.prod(kernel.weight_shape)
-    weight_passes = work.batch * pixel_tiles if weight_bytes > _L2_BYTES else 1
+    passes = geometry.chunks if geometry.copy is CopyScope.CHUNK else pixel_tiles
+    weight_passes = work.batch * passes if weight_bytes > _L2_BYTES else 1
     rows_read = (geometry.rows_per_chunk + work.kernel[0] - 1) * geometry.phase_rows
     chunk_bytes = 4 * rows_read * geometry.pitch * geometry.phase_columns * work.in_channels
     tasks_of_chunk = -(-kernel.block_rows // kernel.rows_per_task)
@@ -139,6 +148,8 @@ def _stream_cycles(kernel: ConvKernel) -> float:
     touches: float = work.batch * work.groups * pixel_tiles * kernel.kept_channels
     if geometry.copy is CopyScope.TILE:
         touches *= _PACKED_TOUCH
+    if geometry.copy is CopyScope.CHUNK:
+        touches = work.batch * geometry.chunks * work.in_channels * _PACKED_TOUCH
     far = input_passes if input_bytes > _L2_BYTES else 0
     return streamed + touches * (far * _FAR_LINE_CYCLES + (tasks_of_chunk - far) * _NEAR_LINE_CYCLES)
 
@@ -152,6 +163,20 @@ def _scratch_cycles(kernel: ConvKernel) -> float:
     fits_l1 = kernel.rows_per_task * chunk_bytes <= SCRATCH_BYTES[0]
     speed = _L1_COPY_BYTES_PER_CYCLE if fits_l1 else _L2_COPY_BYTES_PER_CYCLE
     return 2 * work.batch * geometry.chunks * work.groups * kernel.block_rows * chunk_bytes / speed
+
+
+def _output_cycles(kernel: ConvKernel) -> float:
+    """Cycles of waiting for the residual's and the output's lines where tiles are stored from registers."""
+    geometry, work = kernel.geometry, kernel.workload
+    if not kernel.stores_from_registers:
+        return 0.0
+    tensors = 2 if work.epilogue.residual else 1
+    touches = tensors * work.batch * geometry.chunks * -(-geometry.vectors // kernel.vectors_per_tile)
+    touches *= work.out_channels
+    if geometry.copy is CopyScope.CHUNK:
+        return touches * _FETCHED_OUTPUT_CYCLES
+    far = 4 * tensors * work.out_channels * work.out_pixels > _L2_BYTES
+    return touches * (_OUTPUT_TOUCH_CYCLES if far else _NEAR_OUTPUT_TOUCH_CYCLES)
 
 
 def predicted_cycles(kernel: ConvKernel) -> float:
@@ -169,6 +194,7 @@ def predicted_cycles(kernel: ConvKernel) -> float:
         + _copy_cycles(kernel)
         + _stream_cycles(kernel)
         + _scratch_cycles(kernel)
+        + _output_cycles(kernel)
         + tasks * _TASK_OVERHEAD
     )
 
@@ -287,7 +313,7 @@ def index_dtype(geometry: PixelGeometry, index: IndexKind) -> str:
     entries = geometry.workload.in_channels
     if index is IndexKind.POSITION and not geometry.flat:
         entries *= geometry.channel_size
-    if geometry.copy in (CopyScope.TASK, CopyScope.TILE):
+    if geometry.copy in (CopyScope.TASK, CopyScope.TILE, CopyScope.CHUNK):
         # A remainder by the type's whole range would be simplified away (see `conv._sums`).
         entries = (1 << (entries - 1).bit_length()) + 1
     return "uint8" if entries <= 1 << 8 else "uint16" if entries <= 1 << 16 else "int32"

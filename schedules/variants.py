@@ -20,7 +20,7 @@ from tvm_nm.schedules.channel_conv import ChannelConvKernel, channel_conv_prim_f
 from tvm_nm.schedules.channel_tiling import channel_candidates, channel_cycles
 from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
 from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, fc_prim_func
-from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
+from tvm_nm.schedules.geometry import FLAT_SCOPES, CopyScope, PixelGeometry
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.tiling import (
@@ -56,7 +56,7 @@ _OTHER_FAMILY = 0.95
 _SAME_LAYOUT = 3
 
 _PIXEL = re.compile(
-    r"pixel (?P<tile>\d+)x(?P<vectors>\d+) (?P<copy>direct|padded|own|packed) pitch (?P<pitch>\d+)"
+    r"pixel (?P<tile>\d+)x(?P<vectors>\d+) (?P<copy>direct|padded|own|packed|panels) pitch (?P<pitch>\d+)"
     r"(?P<copies> copies)? rows (?P<rows>\d+) task (?P<task>\d+)(?: cut (?P<cut>\d+))?"
 )
 _CHANNEL = re.compile(r"channel (?P<vectors>\d+) tile (?P<rows>\d+)x(?P<columns>\d+)")
@@ -163,7 +163,7 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
         int(found["rows"]),
         bool(found["copies"]),
         copy,
-        flat=copy in (CopyScope.NONE, CopyScope.TILE),
+        flat=copy in FLAT_SCOPES,
     )
     if geometry not in geometries_for(task.workload, machine, task.index):
         raise ValueError(f"{text!r:.100} does not fit {task}")

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from oracle import conv
 from running import haswell, host_flags, masked_weights, run_conv
 
+from tvm_nm.schedules.apply import schedule_function
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
-from tvm_nm.schedules.geometry import candidate_geometries
+from tvm_nm.schedules.geometry import CopyScope, candidate_geometries
 from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.packing import kept_per_block_row, pack_conv
 from tvm_nm.schedules.tiling import choose_kernel
+from tvm_nm.schedules.variants import kernel_prim_func
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 BLOCKS = (1, 2, 3, 4, 5, 8, 11, 16, 32)
@@ -154,6 +156,61 @@ def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str
 def test_variants_that_only_tuning_tries(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
     work, kernel, weights, target, seed = variant
     check(kernel, work, weights, TARGETS[target], seed)
+
+
+@st.composite
+def panels(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]:
+    """Pointwise kernels whose pixels are packed a chunk at a time, and whose outputs are fetched ahead."""
+    block = draw(st.sampled_from([1, 4, 8, 16]))
+    index = draw(st.sampled_from([IndexKind.NONE, IndexKind.CHANNEL]))
+    size, stride = draw(st.tuples(st.integers(4, 15), st.integers(4, 15))), draw(st.integers(1, 2))
+    channels = (draw(st.integers(1, 40)), block * draw(st.integers(1, 4)))
+    work = ConvWorkload(
+        draw(st.integers(1, 2)),
+        *channels,
+        *(stride * extent for extent in size),
+        (1, 1),
+        (stride, stride),
+        epilogue=draw(st.sampled_from(EPILOGUES)),
+    )
+    seed, name = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(sorted(TARGETS)))
+    weights = masked_weights(work, block, index, 0.5, np.random.default_rng(seed))
+    machine = machine_of(TARGETS[name])
+    chosen = kernel_of(work, index, block, weights, TARGETS[name])
+    geometry = draw(
+        st.sampled_from([g for g in candidate_geometries(work, machine.lanes) if g.copy is CopyScope.CHUNK])
+    )
+    kernel = replace(
+        chosen,
+        geometry=geometry,
+        vectors_per_tile=draw(st.integers(1, min(geometry.vectors, 4))),
+        rows_per_task=draw(st.sampled_from([d for d in range(1, chosen.block_rows + 1) if chosen.block_rows % d == 0])),
+        index_dtype="uint8" if index is IndexKind.NONE else "uint16",
+        kept_per_block=0,
+    )
+    return work, kernel, weights, name, seed
+
+
+@settings(max_examples=15, **PROPERTY)
+@given(panels())
+def test_panels(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
+    work, kernel, weights, target, seed = variant
+    check(kernel, work, weights, TARGETS[target], seed)
+
+
+@pytest.mark.parametrize(("scope", "kept_parts"), [(CopyScope.CHUNK, 8), (CopyScope.TILE, 0)])
+def test_panels_fetch_each_line_of_the_output_and_the_residual(scope: CopyScope, kept_parts: int) -> None:
+    work = ConvWorkload(1, 32, 16, 14, 14, (1, 1), epilogue=Epilogue(True, 0.0))
+    target = TARGETS["one thread"]
+    chosen = kernel_of(work, IndexKind.NONE, None, np.ones((16, 32, 1, 1)), target)
+    geometry = next(
+        g for g in candidate_geometries(work, machine_of(target).lanes) if g.copy is scope and g.vectors > 2
+    )
+    kernel = replace(chosen, geometry=geometry, oc_tile=8, block=8, vectors_per_tile=2, rows_per_task=1)
+    text = schedule_function(kernel_prim_func(kernel), target).script()
+    # In each of 8 parts of the reduction one channel's 2 vectors and the end of the second, of two tensors.
+    assert text.count("T.prefetch(") + text.count('"tirx.prefetch"') == (6 if kept_parts else 0)
+    assert (f"range({kept_parts})" in text) == bool(kept_parts)
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def test_pointwise_pixels_are_a_flat_row_if_they_fill_a_vector() -> None:
     ):
         found = candidate_geometries(work, 16)
         assert all(g.flat for g in found)
-        assert {g.copy for g in found} == {CopyScope.NONE, CopyScope.TILE}
+        assert {g.copy for g in found} == {CopyScope.NONE, CopyScope.TILE, CopyScope.CHUNK}
         assert all(g.subsampled == (work.stride == (2, 2)) for g in found)
     for work in (ConvWorkload(1, 8, 8, 3, 3, (1, 1)), ConvWorkload(1, 8, 8, 28, 28, (1, 1), padding=(1, 1, 1, 1))):
         assert not any(g.flat for g in candidate_geometries(work, 16))

@@ -16,7 +16,7 @@ Loop nest after scheduling (default decisions of a 3x3 convolution on AVX-512: t
 A flat row of pixels (1x1 kernels) is packed for each pixel tile, or read in place; its tiles go through the epilogue
 without a scratch.
 
-Decisions: pixel vectors of the register tile, block rows of a task, unrolling of the reduction.
+Decisions: pixel vectors of the register tile, block rows of a task, length of the blocks of the reduction.
 """
 
 from __future__ import annotations

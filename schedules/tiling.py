@@ -44,6 +44,8 @@ _FLUSH_CYCLES_PER_VECTOR = 1.5
 
 _L2_BYTES = 1 << 20
 _STREAM_BYTES_PER_CYCLE = 12.0
+# Panels that stay in L2 beside what passes through it.
+_PANEL_BYTES = 1 << 19
 _NEAR_LINE_CYCLES = 8.0
 _FAR_LINE_CYCLES = 80.0
 # Packing starts many such loads at once.
@@ -54,6 +56,7 @@ _NEAR_OUTPUT_TOUCH_CYCLES = 8.0
 _FETCHED_OUTPUT_CYCLES = 4.0
 # A channel's inputs lie a whole plane after the previous one's: beyond L1, no prefetcher follows.
 _STRIDED_STEP_CYCLES = 1.5
+_PANEL_STEP_CYCLES = 0.7
 
 # Limits to try for a task's sums: they fit L1 beside the weights, or a part of L2.
 SCRATCH_BYTES = (24 * 1024, 96 * 1024, 256 * 1024)
@@ -70,10 +73,13 @@ def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_
     cycles = max(fmas / 2, loads / _LOAD_SLOTS_PER_CYCLE, _FMA_LATENCY)
     copies = work.kernel[1] if geometry.column_copies else 1
     bytes_per_channel = work.kernel[0] * copies * (vectors * geometry.lanes + work.kernel[1] - 1) * 4
-    if bytes_per_channel * reduction_channels > _L1_BYTES:
+    # Of panels, every tile of channels begins with another one.
+    if bytes_per_channel * reduction_channels > _L1_BYTES or geometry.copy is CopyScope.CHUNK:
         cycles = max(cycles, bytes_per_channel / work.taps / _L2_BYTES_PER_CYCLE)
         if geometry.copy in (CopyScope.NONE, CopyScope.LAYER):
             cycles += _STRIDED_STEP_CYCLES / work.kernel[1]
+        if geometry.copy is CopyScope.CHUNK:
+            cycles += _PANEL_STEP_CYCLES
     return cycles + _LOOP_OVERHEAD
 
 
@@ -143,6 +149,8 @@ def _stream_cycles(kernel: ConvKernel) -> float:
     input_bytes = work.batch * geometry.chunks * chunk_bytes
     if input_bytes <= _L2_BYTES and geometry.copy is not CopyScope.NONE:
         input_passes = 0  # just copied, still in L2
+    if geometry.copy is CopyScope.CHUNK and chunk_bytes > _PANEL_BYTES:
+        input_passes = kernel.block_rows * kernel.tiles
     streamed = (weight_bytes * weight_passes + input_bytes * input_passes) / _STREAM_BYTES_PER_CYCLE
     # Each (pixel tile, channel) begins at another page: no prefetcher helps its first line.
     touches: float = work.batch * work.groups * pixel_tiles * kernel.kept_channels
@@ -150,7 +158,7 @@ def _stream_cycles(kernel: ConvKernel) -> float:
         touches *= _PACKED_TOUCH
     if geometry.copy is CopyScope.CHUNK:
         touches = work.batch * geometry.chunks * work.in_channels * _PACKED_TOUCH
-    far = input_passes if input_bytes > _L2_BYTES else 0
+    far = min(input_passes, tasks_of_chunk) if input_bytes > _L2_BYTES else 0
     return streamed + touches * (far * _FAR_LINE_CYCLES + (tasks_of_chunk - far) * _NEAR_LINE_CYCLES)
 
 

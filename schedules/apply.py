@@ -19,6 +19,7 @@ from tvm_nm.schedules.generic import schedule_generic
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import POOL_RULE, schedule_pool
 from tvm_nm.schedules.prefetch import add_prefetches
+from tvm_nm.schedules.weight_stream import stream_weights
 from tvm_nm.schedules.winograd import WINOGRAD_RULE
 from tvm_nm.schedules.winograd_template import schedule_winograd
 
@@ -81,12 +82,17 @@ def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: 
         TEMPLATES[rule](sch, block)
     attributes = dict(func.attrs.items())
     attributes["tirx.is_scheduled"] = True
-    return add_prefetches(sch.mod["main"]).with_attrs(attributes)
+    return _with_prefetches(sch.mod["main"], target).with_attrs(attributes)
+
+
+def _with_prefetches(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
+    """Return a function whose marked loops prefetch."""
+    return stream_weights(add_prefetches(func), target)
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_nm.ApplyDefaultSchedules")
 class ApplyDefaultSchedules:
-    """Schedule every PrimFunc that is not scheduled yet.
+    """Schedule every PrimFunc that is not scheduled yet, and let those that are fetch weights ahead.
 
     Parameters
     ----------
@@ -101,7 +107,11 @@ class ApplyDefaultSchedules:
         """Return the scheduled module."""
         scheduled = mod.clone() if hasattr(mod, "clone") else tvm.IRModule(mod.functions, attrs=mod.attrs)
         for name, func in mod.functions_items():
-            if isinstance(func, tvm.tirx.PrimFunc) and not func.attrs.get("tirx.is_scheduled", False):
+            if not isinstance(func, tvm.tirx.PrimFunc):
+                continue
+            if func.attrs.get("tirx.is_scheduled", False):  # by a tuning record of MetaSchedule
+                scheduled.update_func(name, _with_prefetches(func, self._target))
+            else:
                 _log.debug("scheduling %s", name.name_hint)
                 scheduled.update_func(name, schedule_function(func, self._target, name.name_hint))
         return scheduled

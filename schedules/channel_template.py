@@ -27,6 +27,7 @@ from tvm import s_tir
 from tvm_nm.schedules.channel_conv import CHANNEL_CONV_RULE
 from tvm_nm.schedules.decisions import choose
 from tvm_nm.schedules.transpose import transpose_intrinsic
+from tvm_nm.schedules.weight_stream import PASSES, STREAM
 
 __all__ = ["schedule_channel_conv"]
 
@@ -84,6 +85,8 @@ def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, rows: int, columns: int,
         # The last tile may be shorter; LoopPartition gives it its own code, so that full tiles carry no bounds checks.
         sch.annotate(outer, "pragma_loop_partition_hint", 1)
     sch.reorder(kept_outer, y_outer, x_outer, kept_inner, y_inner, x_inner, v, lane)
+    sch.annotate(kept_inner, STREAM, vectors * int(sch.get(lane).extent))
+    sch.annotate(max(x_outer, y_outer, key=lambda loop: int(sch.get(loop).extent)), PASSES, 1)
     sch.vectorize(lane)
     for loop in (v, y_inner, x_inner):
         sch.unroll(loop)

@@ -14,7 +14,7 @@ import tvm
 
 from tvm_nm.errors import EnvironmentMismatchError
 
-__all__ = ["Machine", "host_target", "machine_of", "target_from_json"]
+__all__ = ["Machine", "architecture_of", "host_target", "machine_of", "target_from_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def target_from_json(config: dict[str, Any], threads: int | None = None) -> tvm.
     if not isinstance(cores, int) or cores < 1:
         raise EnvironmentMismatchError(f"num-cores must be a positive integer, not {cores!r}")
     config["num-cores"] = cores
-    triple = str(config.get("mtriple") or tvm.get_global_func("target.llvm_get_system_triple")())
+    triple = str(config.get("mtriple") or _system_triple())
     if not _ARCHITECTURES.fullmatch(triple.partition("-")[0]):
         raise EnvironmentMismatchError(
             f"mtriple {triple!r} names no known architecture; use one such as x86_64-linux-gnu or aarch64-linux-gnu"
@@ -131,6 +131,15 @@ def target_from_json(config: dict[str, Any], threads: int | None = None) -> tvm.
         if feature.startswith("+") and not has_feature(feature[1:], target):
             raise EnvironmentMismatchError(f"LLVM knows no feature {feature!r} for {mcpu or triple}")
     return target
+
+
+def architecture_of(target: tvm.target.Target) -> str:
+    """Return the first word of the target's triple, such as x86_64; that of this machine where it names none."""
+    return str(target.attrs.get("mtriple") or _system_triple()).partition("-")[0]
+
+
+def _system_triple() -> str:
+    return str(tvm.get_global_func("target.llvm_get_system_triple")())
 
 
 def machine_of(target: tvm.target.Target) -> Machine:

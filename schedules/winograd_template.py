@@ -32,6 +32,8 @@ from typing import Any
 import tvm_ffi
 from tvm import s_tir
 
+from tvm_nm.schedules.decisions import choose
+from tvm_nm.schedules.weight_stream import PASSES, STREAM
 from tvm_nm.schedules.winograd import WINOGRAD_RULE
 
 __all__ = ["schedule_winograd"]
@@ -94,7 +96,7 @@ def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
         sch.compute_at(flush, block, preserve_unit_loops=True)
         ft, fv, fl = sch.get_loops(flush)[-3:]
     choices = list(range(1, max(default_tiles, _MOST_ACCUMULATORS // oc_vectors) + 1))
-    per_step = sch.sample_categorical(choices, [1.0 / len(choices)] * len(choices), choices.index(default_tiles))
+    per_step = choose(sch, choices, default_tiles)
     t_outer, t_inner = sch.split(ft, [None, per_step])
     sch.annotate(t_outer, "pragma_loop_partition_hint", 1)
     sch.vectorize(fl)
@@ -103,6 +105,8 @@ def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     sch.compute_at(sums, t_outer, preserve_unit_loops=True)
     st, sv, sl, ic = sch.get_loops(sums)[-4:]
     sch.reorder(ic, st, sv, sl)
+    sch.annotate(ic, STREAM, oc_vectors * lanes)
+    sch.annotate(t_outer, PASSES, 1)
     sch.vectorize(sl)
     sch.unroll(sv)
     sch.unroll(st)

@@ -132,6 +132,10 @@ class CalibrationImages(ABC):
     def batches(self, size: int) -> Iterator[Float32]:
         """Yield the images in order, float32 (up to size, C, H, W)."""
 
+    @abstractmethod
+    def take(self, indices: NDArray[np.intp]) -> Float32:
+        """Return some of the images, float32 (len(indices), C, H, W)."""
+
     @property
     @abstractmethod
     def fingerprint(self) -> str:
@@ -191,17 +195,20 @@ class ArrayImages(CalibrationImages):
 
     def batches(self, size: int) -> Iterator[Float32]:
         for start in range(0, self.count, size):
-            part = self._images[self._picked[start : start + size]]
-            if part.dtype == np.uint8:
-                part = self._pixels(part)
-            found = np.ascontiguousarray(part, np.float32)
-            if self._shape is not None and found.shape[1:] != self._shape:
-                raise CalibrationError(
-                    f"{self._source} has images of shape {found.shape[1:]} and the model wants {self._shape}"
-                )
-            if not np.isfinite(found).all():
-                raise CalibrationError(f"{self._source} has values that are not finite")
-            yield found
+            yield self.take(np.arange(start, min(start + size, self.count)))
+
+    def take(self, indices: NDArray[np.intp]) -> Float32:
+        part = self._images[self._picked[indices]]
+        if part.dtype == np.uint8:
+            part = self._pixels(part)
+        found = np.ascontiguousarray(part, np.float32)
+        if self._shape is not None and found.shape[1:] != self._shape:
+            raise CalibrationError(
+                f"{self._source} has images of shape {found.shape[1:]} and the model wants {self._shape}"
+            )
+        if not np.isfinite(found).all():
+            raise CalibrationError(f"{self._source} has values that are not finite")
+        return found
 
     def _pixels(self, part: NDArray[Any]) -> Float32:
         if part.shape[3] not in (1, 3) and part.shape[1] in (1, 3):
@@ -272,8 +279,10 @@ class FolderImages(CalibrationImages):
 
     def batches(self, size: int) -> Iterator[Float32]:
         for start in range(0, self.count, size):
-            pixels = np.stack([self._read(path) for path in self._files[start : start + size]])
-            yield self._preprocessing.normalise(pixels)
+            yield self.take(np.arange(start, min(start + size, self.count)))
+
+    def take(self, indices: NDArray[np.intp]) -> Float32:
+        return self._preprocessing.normalise(np.stack([self._read(self._files[index]) for index in indices]))
 
     def _read(self, path: Path) -> NDArray[np.uint8]:
         from PIL import Image

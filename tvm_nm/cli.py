@@ -17,6 +17,7 @@ from tvm_nm.cli_options import calibration_options as _calibration_options
 from tvm_nm.cli_options import emit_json as _emit
 from tvm_nm.cli_options import parse_shape_options as _shapes
 from tvm_nm.cli_plan import goal_options, has_goal, make_planned, plan_command
+from tvm_nm.cli_torch import finetune_command, refit_command
 from tvm_nm.cli_tune import tune_command
 from tvm_nm.console import Group, Steps
 from tvm_nm.environment import check_environment
@@ -197,6 +198,8 @@ def compile_command(
 
 cli.add_command(plan_command)
 cli.add_command(tune_command)
+cli.add_command(finetune_command)
+cli.add_command(refit_command)
 
 
 @cli.command()

@@ -76,13 +76,16 @@ class Augmentation:
         shift = min(self.shift, height - 1, width - 1)
         if not shift and not self.flip:
             return images
-        padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)), mode="reflect") if shift else images
+        padded: Float32 = (
+            np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)), mode="reflect") if shift else images
+        )
         moved = random.integers(0, 2 * shift + 1, (2, count, 1))
         rows, columns = np.arange(height) + moved[0], np.arange(width) + moved[1]
         columns = np.where(mirrored, columns[:, ::-1], columns)
         # The channels come last in memory, which is how they are trained.
-        found: Float32 = padded[np.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-        return found.transpose(0, 3, 1, 2)
+        found = padded[np.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        channels_first: Float32 = found.transpose(0, 3, 1, 2)
+        return channels_first
 
     def _zoomed(self, images: Float32, random: np.random.Generator) -> Float32:
         count, _, height, width = images.shape

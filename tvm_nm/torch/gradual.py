@@ -54,7 +54,7 @@ def gradual_phases(plan: Plan, steps: int = 3) -> tuple[Phase, ...]:
     """
     if steps < 1:
         raise ValueError(f"gradual pruning needs at least 1 step, not {steps}")
-    phases = []
+    phases: list[Phase] = []
     for number in range(1, steps + 1):
         choices = {}
         for choice in plan.layers:

@@ -67,7 +67,7 @@ def insert_batch_norms(model: TorchModel, batches: Iterable[Any]) -> int:
 
 
 def _sites(model: TorchModel) -> list[Any]:
-    """Calls of convolutions that get a batch norm."""
+    """Find the calls of convolutions that get a batch norm."""
     nodes = [node for node in model.module.graph.nodes if node.op == "call_module"]
     calls: dict[str, int] = {}
     owners: dict[int, int] = {}

@@ -187,9 +187,9 @@ class _Run:
         self.best: dict[str, Any] | None = None
         self.kept, self.seconds = 0, 0.0
         settings = dataclasses.asdict(dataclasses.replace(options, optimizer=str(options.optimizer)))
-        parts = [model, dense or "", settings, sorted(self.masks.masks), self.phases, list(activations)]
+        identity: list[Any] = [model, dense or "", settings, sorted(self.masks.masks), self.phases, list(activations)]
         sample = self.data.images.take(np.arange(min(8, images.count)))
-        self.run = fingerprint(*parts, images.count, sample.tobytes(), test.count if test else 0)
+        self.run = fingerprint(*identity, images.count, sample.tobytes(), test.count if test else 0)
 
     def go(self, checkpoint: Path | None, progress: Callable[[Status], None] | None) -> Trained:
         step = self._resume(checkpoint)

@@ -63,7 +63,7 @@ def _common(command: _F) -> _F:
 @click.option("--label-smoothing", type=float, metavar="X", help="[default: 0]")
 @click.option("--weight-decay", type=float, metavar="X", help="[default: 5e-4]")
 @click.option("--warmup", type=float, metavar="X", help="Share of the steps. [default: 0.1]")
-@click.option("--clip", type=float, metavar="X", help="Norm that gradients are clipped to; 0 for none. [default: 5]")
+@click.option("--clip", type=float, metavar="X", help="Norm that gradients are clipped to; 0 for none. [default: 1]")
 @click.option("--pattern", metavar="P", help="Prune by magnitude while training, to this pattern.")
 @click.option("--density", type=float, metavar="D", help="Share of weights kept.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default.")
@@ -100,7 +100,7 @@ def finetune_command(
     if pattern is not None and plan_file is not None:
         raise click.UsageError("--pattern goes with no plan")
     phases = _phases(model, pattern, density, include, exclude, plan_file, gradual or 3, options) if prunes else ()
-    _run(model, _opened(data, data_images, options), dense, TrainingOptions(clip=5.0), options, phases=phases)
+    _run(model, _opened(data, data_images, options), dense, TrainingOptions(), options, phases=phases)
 
 
 @click.command("refit")

@@ -54,16 +54,17 @@ def gradual_phases(plan: Plan, steps: int = 3) -> tuple[Phase, ...]:
     """
     if steps < 1:
         raise ValueError(f"gradual pruning needs at least 1 step, not {steps}")
-    phases: list[Phase] = []
+    stages: list[dict[str, tuple[SparsityPattern, float]]] = []
     for number in range(1, steps + 1):
         choices = {}
         for choice in plan.layers:
             pattern, density = _eased(choice.pattern, choice.density, number / steps)
             if not isinstance(pattern, Dense):
                 choices[choice.name] = pattern, density
-        if choices and (not phases or dict(phases[-1].choices) != choices):
-            phases.append(Phase(PRUNING_SHARE * (number - 1) / max(1, steps - 1), choices))
-    return tuple(phases)
+        if choices and (not stages or stages[-1] != choices):
+            stages.append(choices)
+    gap = PRUNING_SHARE / max(1, len(stages) - 1)
+    return tuple(Phase(gap * number, choices) for number, choices in enumerate(stages))
 
 
 def _eased(pattern: SparsityPattern, density: float, share: float) -> tuple[SparsityPattern, float]:

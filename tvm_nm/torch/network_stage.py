@@ -36,12 +36,14 @@ DEFAULTS = TrainingOptions(
     batch_norm="freeze",
 )
 """What is used unless told otherwise."""
+_SHRINKING = ("AveragePool", "Flatten", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMean", "Reshape")
 
 
 def block_borders(model: onnx.ModelProto) -> tuple[str, ...]:
     """Name the activations at which everything passes through one tensor, the last one before each next layer.
 
-    In a chain these are the inputs of all layers but the first, in a ResNet those of its blocks.
+    In a chain these are the inputs of all layers but the first, in a ResNet those of its blocks. Maps are taken before
+    they are pooled: there is more to learn from them.
     """
     network = OnnxNetwork(model)
     positions = sorted(layer.position for layer in network.layers.values())
@@ -49,7 +51,7 @@ def block_borders(model: onnx.ModelProto) -> tuple[str, ...]:
     for before, after in itertools.pairwise(positions):
         for position in range(after, before, -1):
             crossing = network.frontier(position)
-            if len(crossing) == 1 and crossing[0] != network.input:
+            if len(crossing) == 1 and network.nodes[position - 1].op_type not in _SHRINKING:
                 found.append(crossing[0])
                 break
     return tuple(dict.fromkeys(found))

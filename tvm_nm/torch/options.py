@@ -63,16 +63,16 @@ class TrainingOptions:
     epochs: float = 5.0
     batch: int = 128
     optimizer: str | OptimizerMaker = "sgd"
-    learning_rate: float = 0.02
+    learning_rate: float = 0.015
     warmup: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    clip: float = 0.0
+    clip: float = 1.0
     objective: Objective = field(default_factory=Objective)
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: Literal["bf16", "float32"] = "bf16"
     device: str = "auto"
-    batch_norm: Literal["insert", "keep", "freeze"] = "insert"
+    batch_norm: Literal["insert", "keep", "freeze"] = "keep"
     seed: int = 0
     keep: Literal["last", "best"] = "last"
     evaluate_every: int = 1

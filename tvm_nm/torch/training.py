@@ -186,7 +186,9 @@ class _Run:
         self.epochs: list[Epoch] = []
         self.best: dict[str, Any] | None = None
         self.kept, self.seconds = 0, 0.0
-        settings = dataclasses.asdict(dataclasses.replace(options, optimizer=str(options.optimizer)))
+        maker = options.optimizer
+        named = maker if isinstance(maker, str) else getattr(maker, "__qualname__", type(maker).__qualname__)
+        settings = {**dataclasses.asdict(options), "optimizer": named}
         identity: list[Any] = [model, dense or "", settings, sorted(self.masks.masks), self.phases, list(activations)]
         sample = self.data.images.take(np.arange(min(8, images.count)))
         self.run = fingerprint(*identity, images.count, sample.tobytes(), test.count if test else 0)

@@ -41,6 +41,7 @@ __all__ = [
     "Rearranged",
     "class_contents",
     "free_channels",
+    "moved_layers",
     "rearrange",
     "rearrangement_report",
     "reordered",
@@ -148,8 +149,21 @@ def rearrangement_report(mod: tvm.IRModule) -> RearrangementReport | None:
     return None if text is None else RearrangementReport.from_json(str(text))
 
 
-def rearrange(mod: tvm.IRModule, plan: Plan, method: OrderSearch = "swap") -> Rearranged:
+def rearrange(
+    mod: tvm.IRModule,
+    plan: Plan,
+    method: OrderSearch = "swap",
+    saliency: Mapping[str, NDArray[np.float32]] | None = None,
+) -> Rearranged:
     """Permute channels so that the plan's masks keep more; the function that `Rearrange` makes a pass of.
+
+    Parameters
+    ----------
+    mod, plan, method
+        As for `Rearrange`.
+    saliency
+        By layer name, what each weight is worth, not negative, of the weight's shape; default: its absolute value. The
+        report's shares are of this.
 
     Raises
     ------
@@ -166,7 +180,7 @@ def rearrange(mod: tvm.IRModule, plan: Plan, method: OrderSearch = "swap") -> Re
             )
         if not isinstance(choice.pattern, Dense):
             found = calls[choice.name]
-            weight = found.weight_view
+            weight = (saliency or {}).get(choice.name, found.weight_view)
             layers[choice.name] = LayerState.start(weight, choice.pattern, choice.density, found.layer.groups)
     flow = follow_channels(mod)
     solution = flow.ties.solve()
@@ -175,15 +189,7 @@ def rearrange(mod: tvm.IRModule, plan: Plan, method: OrderSearch = "swap") -> Re
     orders = search_orders(layers, free, method)
     after = {name: state.kept_share() for name, state in layers.items()} if method != "none" else before
     content = class_contents(solution, orders)
-    layer_orders = {
-        name: LayerOrder(
-            solution.source(channels.outputs, content),
-            solution.source(channels.inputs, content),
-            calls[name].layer.groups,
-        )
-        for name, channels in flow.layers.items()
-    }
-    moved = {name: order for name, order in layer_orders.items() if _moves(order)}
+    moved = moved_layers(flow, solution, content, {name: call.layer.groups for name, call in calls.items()})
     rows = []
     for name in calls:
         pattern = str(layers[name].pattern) if name in layers else ""
@@ -230,6 +236,19 @@ def class_contents(solution: Solution, orders: list[Indices]) -> Indices:
         classes = np.array(channels.classes)
         content[classes] = classes[order]
     return content
+
+
+def moved_layers(
+    flow: ChannelFlow, solution: Solution, content: Indices, groups: Mapping[str, int]
+) -> dict[str, LayerOrder]:
+    """By layer name, the order of its channels; layers of which nothing moves are left out."""
+    orders = {
+        name: LayerOrder(
+            solution.source(channels.outputs, content), solution.source(channels.inputs, content), groups[name]
+        )
+        for name, channels in flow.layers.items()
+    }
+    return {name: order for name, order in orders.items() if _moves(order)}
 
 
 def reordered(mod: tvm.IRModule, flow: ChannelFlow, solution: Solution, content: Indices) -> tvm.IRModule:

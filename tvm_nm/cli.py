@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tvm_nm import __version__
+from tvm_nm.cli_evaluate import agreement_text, evaluate_command, gate_options, make_gate
 from tvm_nm.cli_options import calibration_images as _images
 from tvm_nm.cli_options import calibration_options as _calibration_options
 from tvm_nm.cli_options import emit_json as _emit
@@ -99,6 +100,7 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @_prune_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Prune as this plan says.")
 @goal_options
+@gate_options
 @_calibration_options
 @_rearrange_option
 @_threads_option
@@ -130,6 +132,10 @@ def compile_command(
     no_verify: bool,
     no_winograd: bool,
     plan_file: Path | None,
+    min_agreement: float | None,
+    max_drop: float | None,
+    data: Path | None,
+    data_images: int | None,
     **planning: Any,
 ) -> None:
     """Prune and compile MODEL.onnx into the directory DIR, which then runs without the ONNX file.
@@ -143,6 +149,8 @@ def compile_command(
             raise click.UsageError("--target, --shape, --calib, --rearrange, --no-verify, --no-winograd need a MODEL")
         if plan_file or has_goal(planning) or database or untuned:
             raise click.UsageError("--plan, --budget, --db and --untuned need a MODEL")
+        if min_agreement or max_drop or data or data_images:
+            raise click.UsageError("--min-agreement, --max-drop and --data need a MODEL")
         _demo(pattern, density, include, exclude, method, threads, output, json_file)
         return
     from tvm_nm.compiler import compile as compile_model
@@ -159,12 +167,14 @@ def compile_command(
         raise click.UsageError(
             "--rearrange goes with no budget: losses are estimated without it; plan first, then use --plan"
         )
+    make_gate(min_agreement, max_drop, data, data_images, preprocess, None)  # says at once what is wrong with it
     output = output or Path(f"{model.stem}-tvm")
     planned = None
+    images = None if calib is None and data is not None else _images(calib, calib_images, preprocess)
     with Steps() as steps:
         if has_goal(planning):
             common: dict[str, Any] = {"include": include, "exclude": exclude, "threads": threads, "target": target}
-            common |= {"images": _images(calib, calib_images, preprocess), "database": database, "untuned": untuned}
+            common |= {"images": images, "database": database, "untuned": untuned}
             planned = make_planned(model, {**planning, **common, "shapes": _shapes(shapes)}, steps)
         built = compile_model(
             model,
@@ -175,7 +185,7 @@ def compile_command(
             include=include,
             exclude=exclude,
             method=method,
-            images=_images(calib, calib_images, preprocess),
+            images=images,
             rearrange=rearrange or DEFAULT_REARRANGE,
             threads=threads,
             target=target,
@@ -184,6 +194,7 @@ def compile_command(
             shipped_records=not untuned,
             verify=not no_verify,
             winograd=not no_winograd,
+            gate=make_gate(min_agreement, max_drop, data, data_images, preprocess, planned),
             progress=steps,
         )
     _emit(built.manifest.to_dict(), json_file)
@@ -193,9 +204,12 @@ def compile_command(
             from tvm_nm.plan_report import plan_summary
 
             click.echo(f"\n{plan_summary(planned)}")
+        if built.agreement is not None:
+            click.echo(f"\nBeside the dense network, on {agreement_text(built.agreement)}")
         click.echo(f"\nwritten to {output}; the layers are listed in {output / 'report.txt'}")
 
 
+cli.add_command(evaluate_command)
 cli.add_command(plan_command)
 cli.add_command(tune_command)
 cli.add_command(finetune_command)
@@ -278,6 +292,7 @@ def inspect(path: Path, shapes: tuple[str, ...], as_json: bool) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
 @_prune_options
 @_calibration_options
+@_rearrange_option
 @_shape_option
 def prune(
     model: Path,
@@ -290,20 +305,27 @@ def prune(
     calib: Path | None,
     calib_images: int | None,
     preprocess: str | None,
+    rearrange: str | None,
     shapes: tuple[str, ...],
 ) -> None:
     """Zero weights of MODEL.onnx and write it as an ONNX model again, to fine-tune it or to run it elsewhere.
 
-    With --calib the weights that are left are refitted so that each layer's outputs stay near the dense network's.
+    With --calib the weights that are left are refitted so that each layer's outputs stay near the dense network's. With
+    --rearrange the channels within the model are written in another order; its inputs and outputs keep theirs.
     """
-    from tvm_nm.pruning import DEFAULT_PATTERN, PruneRequest, prune_file
+    from tvm_nm.pruning import DEFAULT_PATTERN, DEFAULT_REARRANGE, PruneRequest, prune_file
 
-    request = PruneRequest.make(pattern or DEFAULT_PATTERN, density, include, exclude, method)
+    chosen = pattern or DEFAULT_PATTERN
+    request = PruneRequest.make(chosen, density, include, exclude, method, rearrange or DEFAULT_REARRANGE)
     with Steps() as steps:
         steps("pruning")
         images = _images(calib, calib_images, preprocess)
-        masks = prune_file(model, output, request, _shapes(shapes), images, steps)
+        done = prune_file(model, output, request, _shapes(shapes), images, steps)
+    masks = done.masks
     kept, total = sum(int(mask.sum()) for mask in masks.values()), sum(mask.size for mask in masks.values())
+    if done.rearrangement is not None:
+        before, after = done.rearrangement.kept
+        click.echo(f"rearranged channels: the patterns keep {after:.4f} of what weights are worth, {before:.4f} before")
     click.echo(f"pruned {len(masks)} layers to {request.pattern}: {kept} of their {total} weights are left")
     click.echo(f"written to {output}")
 

@@ -20,16 +20,17 @@ import onnx
 import tvm
 
 from tvm_nm.artifact import LIBRARY, REPORT, check_output, staged_artifact
-from tvm_nm.calibration import CalibrationImages
 from tvm_nm.environment import check_environment, missing_features, package_versions
-from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError, PlanError
+from tvm_nm.errors import EnvironmentMismatchError, ModelMismatchError
 from tvm_nm.frontend import ImportedModel, import_onnx
+from tvm_nm.gate import Gate, Recipe, check_build
 from tvm_nm.inventory import inventory, layer_calls
 from tvm_nm.layer_pruning import Method
 from tvm_nm.linker import export_library, file_sha256
 from tvm_nm.manifest import MANIFEST, Manifest, Verification
 from tvm_nm.masks import BoolArray, PackedMasks
-from tvm_nm.passes.rearrange import rearrangement_report
+from tvm_nm.onnx_pruning import PrunedOnnx, prune_imported
+from tvm_nm.passes.rearrange import REARRANGEMENT_ATTR, rearrangement_report
 from tvm_nm.patterns import SparsityPattern
 from tvm_nm.pipeline import Built, build_executable
 from tvm_nm.plan import Plan
@@ -44,7 +45,6 @@ from tvm_nm.pruning import (
     open_for,
     prune_by_plan,
     prune_module,
-    prune_proto,
 )
 from tvm_nm.reference_run import compare, random_inputs, run_onnx
 from tvm_nm.report import report_text
@@ -83,6 +83,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     verify: bool = True,
     winograd: bool = True,
     overwrite: bool = True,
+    gate: Gate | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CompiledModel:
     """Prune an ONNX model, compile it, check it against onnxruntime and write the artefact.
@@ -112,7 +113,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         weights that are left are refitted on them.
     rearrange
         How channels change places before pruning, so that the patterns keep more of the weights: ``none``, ``sort``,
-        ``cluster`` or ``swap``; see `tvm_nm.rearrangement`. Inputs and outputs keep their order. Not with `images`.
+        ``cluster`` or ``swap``; see `tvm_nm.rearrangement`. Inputs and outputs keep their order. With `images`, these
+        say which weights matter.
     threads
         Number of threads to build for; default: the processors that this process may use.
     target
@@ -131,6 +133,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         times as large, and it rounds differently: errors of about 1e-5 of the largest output instead of 1e-6.
     overwrite
         Whether an artefact at `output` is replaced.
+    gate
+        How near the build's answers must be to the dense network's; it fails otherwise.
     progress
         Called with the name of each step when it starts.
 
@@ -145,9 +149,11 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         If the model cannot be read or holds something that cannot be compiled.
     PlanError
         If pattern and density do not go together, a glob matches no layer, the plan is for another model or target, or
-        the rearrangement is unknown or asked for together with calibration data.
+        the rearrangement is unknown or cannot be carried through.
     CalibrationError
         If the calibration data do not fit the model, or are missing and the method needs them.
+    GateError
+        If the build does not pass the `gate`; the message names what would.
     ModelMismatchError
         If the outputs differ by more than `TOLERANCE`.
     ArtifactError
@@ -167,8 +173,6 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
     request = PruneRequest.make(pattern if plan is None else "dense", density, include, exclude, method, rearrange)
-    if images is not None and request.method is not Method.MAGNITUDE and request.rearrange != "none":
-        raise PlanError("channels are rearranged only for pruning by magnitude; leave out --calib or --rearrange")
     chosen = resolve_target(target, threads)
     tuned = tuned_kernels(chosen, database, shipped=shipped_records)
     if verify and (missing := missing_features(*processor(chosen))):
@@ -188,10 +192,13 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         if plan is not None:
             check_plan(plan, inventory(imported.module), digest, chosen)
         data = open_for(imported, images)
+        dense = dataclasses.replace(imported, module=tvm.IRModule())
         how = chosen_method(request.method, data)
         if data is not None and how is not Method.MAGNITUDE:
             wanted = plan if plan is not None else request.plan(imported.module)
-            imported = _prune_on(imported, wanted, data, how, step, scratch / "calibrated.onnx")
+            pruned = prune_imported(imported, imported.onnx, wanted, data, how, request.rearrange, step)
+            imported = _imported_again(pruned, imported.name, scratch / "calibrated.onnx")
+            del pruned
             module, masks = imported.module, PackedMasks()  # the zeros are in the file already
         elif plan is not None:
             module, masks = prune_by_plan(imported.module, plan, request.rearrange)
@@ -223,10 +230,15 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         if verify:
             step("verifying")
             manifest = dataclasses.replace(manifest, verification=_verify(new, manifest, imported, masks, scratch))
+        agreement = None
+        if gate is not None:
+            step("judging")
+            recipe = Recipe(request, plan, data, how)
+            agreement = check_build(gate, CompiledModel(new, manifest), dense, recipe, step)
         manifest = dataclasses.replace(manifest, build_seconds=round(time.perf_counter() - start, 2))
         (new / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         (new / REPORT).write_text(report_text(manifest), encoding="utf-8")
-    return CompiledModel(directory, manifest, temporary=temporary)
+    return CompiledModel(directory, manifest, temporary=temporary, agreement=agreement)
 
 
 def write_library(
@@ -273,20 +285,15 @@ def write_library(
     )
 
 
-def _prune_on(
-    imported: ImportedModel,
-    plan: Plan,
-    images: CalibrationImages,
-    method: Method,
-    step: Callable[[str], None],
-    path: Path,
-) -> ImportedModel:
-    """Prune a model on calibration data and import the result, which is written to `path`."""
-    pruned = imported.onnx
-    prune_proto(pruned, imported.module, plan, images, method, step)
-    onnx.save(pruned, path, save_as_external_data=True, location=f"{path.name}.weights")
-    del pruned
-    return dataclasses.replace(import_onnx(path, verify=False), name=imported.name)
+def _imported_again(pruned: PrunedOnnx, name: str, path: Path) -> ImportedModel:
+    """Import a pruned model, by way of a file."""
+    onnx.save(pruned.model, path, save_as_external_data=True, location=f"{path.name}.weights")
+    pruned.model.Clear()
+    found = import_onnx(path, verify=False)
+    module = found.module
+    if pruned.rearrangement is not None:
+        module = module.with_attr(REARRANGEMENT_ATTR, pruned.rearrangement.to_json())
+    return dataclasses.replace(found, module=module, name=name)
 
 
 def resolve_target(

@@ -10,6 +10,7 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "EnvironmentMismatchError",
+    "GateError",
     "InfeasibleBudgetError",
     "ModelMismatchError",
     "PlanError",
@@ -79,6 +80,10 @@ class InfeasibleBudgetError(PlanError):
 
 class CalibrationError(TvmNmError):
     """Calibration data that are missing, damaged, or do not fit the model."""
+
+
+class GateError(TvmNmError):
+    """A build whose answers are further from the dense network's than was allowed."""
 
 
 class TuningError(TvmNmError):

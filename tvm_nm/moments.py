@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tvm_nm.onnx_network import FloatArray, LayerNode
 
-__all__ = ["Moments", "MomentsAccumulator", "columns"]
+__all__ = ["Moments", "MomentsAccumulator", "columns", "paired_columns"]
 
 Float64 = NDArray[np.float64]
 
@@ -90,23 +90,27 @@ class MomentsAccumulator:
         target
             Outputs that it should have for it.
         """
+        for x, y in paired_columns(self._layer, data, target, self._share, self._rng):
+            self.add_columns(x, y)
+
+    def add_columns(self, x: FloatArray, y: FloatArray) -> None:
+        """Take columns (groups, K, P) and the outputs wanted of them (OC, P) into account."""
         groups = self._layer.groups
-        for x, y in _paired(self._layer, data, target, self._share, self._rng):
-            if self._shift_x is None or self._shift_y is None:
-                # Sums of squares lose digits where the mean is large, so a first guess of it is taken off.
-                self._shift_x = x.mean(axis=2, keepdims=True)
-                self._shift_y = y.mean(axis=1, keepdims=True)
-            x = x - self._shift_x
-            y = y - self._shift_y
-            self._count += x.shape[2]
-            self._x += x.sum(axis=2, dtype=np.float64)
-            self._y += y.sum(axis=1, dtype=np.float64)
-            self._yy += np.einsum("op,op->o", y, y)
-            by_group = y.reshape(groups, -1, y.shape[1])
-            cross = self._yx.reshape(groups, -1, self._yx.shape[1])
-            for group in range(groups):
-                self._xx[group] += x[group] @ x[group].T
-                cross[group] += by_group[group] @ x[group].T
+        if self._shift_x is None or self._shift_y is None:
+            # Sums of squares lose digits where the mean is large, so a first guess of it is taken off.
+            self._shift_x = x.mean(axis=2, keepdims=True)
+            self._shift_y = y.mean(axis=1, keepdims=True)
+        x = x - self._shift_x
+        y = y - self._shift_y
+        self._count += x.shape[2]
+        self._x += x.sum(axis=2, dtype=np.float64)
+        self._y += y.sum(axis=1, dtype=np.float64)
+        self._yy += np.einsum("op,op->o", y, y)
+        by_group = y.reshape(groups, -1, y.shape[1])
+        cross = self._yx.reshape(groups, -1, self._yx.shape[1])
+        for group in range(groups):
+            self._xx[group] += x[group] @ x[group].T
+            cross[group] += by_group[group] @ x[group].T
 
     def result(self) -> Moments:
         """Return the moments of all batches so far.
@@ -170,10 +174,24 @@ def columns(layer: LayerNode, data: FloatArray, rows: NDArray[np.intp] | None = 
     return found.reshape(layer.groups, inputs * kernel_h * kernel_w, -1)
 
 
-def _paired(
+def paired_columns(
     layer: LayerNode, data: FloatArray, target: FloatArray, share: float, rng: np.random.Generator
 ) -> Iterator[tuple[FloatArray, FloatArray]]:
-    """Columns (groups, K, P) and targets (OC, P) of a batch, in pieces of about `_CHUNK` positions."""
+    """Lay out a batch's inputs and outputs in pieces of about 8192 positions.
+
+    Parameters
+    ----------
+    layer
+        The layer.
+    data, target
+        Its input, and outputs of any number of channels, as for `MomentsAccumulator.add`.
+    share, rng
+        Share of the output rows to look at, and what chooses them.
+
+    Yields
+    ------
+    Columns (groups, K, P) and outputs (channels, P).
+    """
     if layer.kind == "fc":
         x = data.reshape(-1, data.shape[-1]).T[None]
         y = target.reshape(-1, target.shape[-1]).T

@@ -20,8 +20,9 @@ from tvm_nm.patterns import Dense
 from tvm_nm.plan import Plan
 from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.reconstruction import LayerFit, Options, reconstruct
+from tvm_nm.saliency import calibrated_saliency
 
-__all__ = ["OneShot", "channel_importance", "images_per_run", "prune_calibrated"]
+__all__ = ["OneShot", "channel_importance", "images_per_run", "plan_saliency", "prune_calibrated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,7 @@ def prune_calibrated(
     """
     options = options or Options()
     network = OnnxNetwork(model)
-    possible = {
-        layer.name for layer in network.layers.values() if int(np.prod(layer.weight_shape[1:])) <= options.max_columns
-    }
+    possible = _calibrated_layers(network, options)
     choices = [choice for choice in plan.layers if not isinstance(choice.pattern, Dense)]
     calibrated = Plan(tuple(choice for choice in choices if choice.name in possible))
     others = {choice.name: choice for choice in choices if choice.name not in possible}
@@ -106,6 +105,48 @@ def prune_calibrated(
     )
     replace_weights(model, found.weights)
     return OneShot({**masks, **found.masks}, found.layers, tuple(others))
+
+
+def plan_saliency(
+    model: onnx.ModelProto,
+    module: tvm.IRModule,
+    plan: Plan,
+    images: CalibrationImages,
+    progress: Callable[[str, int, int], None] | None = None,
+    options: Options | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """Compute what each weight of the layers that a plan prunes is worth; parameters are as for `prune_calibrated`.
+
+    Returns
+    -------
+    By layer name, with a mean of 1. Layers that are pruned by magnitude have their squared weights.
+    """
+    options = options or Options()
+    network = OnnxNetwork(model)
+    names = {choice.name for choice in plan.layers if not isinstance(choice.pattern, Dense)}
+    importance = channel_importance(network, module)
+    possible = {name: importance.get(name) for name in names & _calibrated_layers(network, options)}
+    found = {}
+    for call in layer_calls(module):
+        if call.layer.name in names - possible.keys():
+            squares = np.square(call.weight)
+            found[call.layer.name] = squares / max(float(squares.mean()), np.finfo(np.float32).tiny)
+    if possible:
+        batches = images.batches(images_per_run(network, images, options.threads))
+        found |= calibrated_saliency(
+            *(network, possible, batches),
+            damping=options.damping,
+            memory=options.memory,
+            threads=options.threads,
+            progress=progress,
+        )
+    return found
+
+
+def _calibrated_layers(network: OnnxNetwork, options: Options) -> set[str]:
+    return {
+        layer.name for layer in network.layers.values() if int(np.prod(layer.weight_shape[1:])) <= options.max_columns
+    }
 
 
 def images_per_run(network: OnnxNetwork, images: CalibrationImages, threads: int | None = None) -> int:

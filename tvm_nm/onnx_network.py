@@ -158,6 +158,13 @@ class OnnxNetwork:
             bias += self._graph.constant(node.input[_BIAS], node, name).astype(np.float32).reshape(-1)
         return LayerWeights(np.ascontiguousarray(weight).reshape(layer.weight_shape), bias)
 
+    def constant(self, value: str) -> NDArray[Any] | None:
+        """Return a value that depends on constants only; None for any other."""
+        if value not in self._fixed:
+            return None
+        node = next(node for node in self.model.graph.node if value in node_reads(node))
+        return self._graph.constant(value, node, node_name(node))
+
     def frontier(self, position: int) -> tuple[str, ...]:
         """Names of the tensors that cross the cut at `position`, the graph's outputs included."""
         made = {self.input}

@@ -9,10 +9,10 @@ import onnx
 from numpy.typing import NDArray
 
 from tvm_nm.errors import PlanError
-from tvm_nm.onnx_graph import WEIGHT, OnnxGraph, orient_weight
+from tvm_nm.onnx_graph import WEIGHT, OnnxGraph, orient_weight, transposed_weight
 from tvm_nm.onnx_network import LayerWeights
 
-__all__ = ["replace_weights"]
+__all__ = ["layer_weight", "replace_input", "replace_weights"]
 
 _BIAS = 2
 
@@ -46,16 +46,25 @@ def replace_weights(model: onnx.ModelProto, weights: Mapping[str, LayerWeights])
             raise PlanError(
                 f"node {name!r}: a weight of shape {new.weight.shape} does not fit that of shape {old.shape}"
             )
-        _replace_input(graph, node, WEIGHT, fitting.astype(old.dtype))
+        replace_input(graph, node, WEIGHT, fitting.astype(old.dtype))
         bias = new.bias.astype(old.dtype)
         if len(node.input) > _BIAS and node.input[_BIAS]:
             given = graph.constant(node.input[_BIAS], node, name)
-            _replace_input(graph, node, _BIAS, bias.reshape(given.shape) if given.size == bias.size else bias)
+            replace_input(graph, node, _BIAS, bias.reshape(given.shape) if given.size == bias.size else bias)
         elif bias.any():
             _add_bias(graph, node, bias)
 
 
-def _replace_input(graph: OnnxGraph, node: onnx.NodeProto, position: int, value: NDArray[Any]) -> None:
+def layer_weight(weight: NDArray[Any], node: onnx.NodeProto) -> NDArray[Any]:
+    """Bring a Conv's, Gemm's or MatMul's weight to (OC, IC / groups, KH, KW); undone by `orient_weight`."""
+    if node.op_type == "Conv":
+        return weight if weight.ndim == 4 else weight[:, :, None]
+    matrix = weight if transposed_weight(node) else weight.T
+    return matrix[:, :, None, None]
+
+
+def replace_input(graph: OnnxGraph, node: onnx.NodeProto, position: int, value: NDArray[Any]) -> None:
+    """Give a node another constant; what others read too is left to them."""
     name = node.input[position]
     if graph.uses[name] == 1 and graph.can_overwrite(name):
         graph.overwrite(name, [value])

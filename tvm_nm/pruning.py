@@ -19,15 +19,13 @@ from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import Layer, inventory, layer_calls
 from tvm_nm.layer_pruning import Method
 from tvm_nm.masks import PackedMasks
-from tvm_nm.oneshot import prune_calibrated
+from tvm_nm.onnx_pruning import PrunedOnnx, prune_imported
 from tvm_nm.passes.prune import Prune
 from tvm_nm.passes.rearrange import LayerOrder
 from tvm_nm.passes.rearrange import rearrange as rearrange_module
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 from tvm_nm.plan import Plan, uniform_plan
-from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.rearrangement import OrderSearch, check_search
-from tvm_nm.reconstruction import Options
 
 __all__ = [
     "DEFAULT_DENSITY",
@@ -42,7 +40,6 @@ __all__ = [
     "prune_by_plan",
     "prune_file",
     "prune_module",
-    "prune_proto",
 ]
 
 Images: TypeAlias = CalibrationImages | Callable[[tuple[int, ...]], CalibrationImages]
@@ -68,7 +65,7 @@ class PruneRequest:
     method
         How weights are dropped; None takes OBS where there is calibration data, else MAGNITUDE.
     rearrange
-        How channels change places before; see `tvm_nm.rearrangement`. Only for pruning by magnitude.
+        How channels change places before; see `tvm_nm.rearrangement`.
     """
 
     pattern: SparsityPattern
@@ -191,49 +188,6 @@ def open_for(imported: ImportedModel, images: Images | None) -> CalibrationImage
     return images(imported.inputs[0].shape[1:])
 
 
-def prune_proto(
-    model: onnx.ModelProto,
-    module: tvm.IRModule,
-    plan: Plan,
-    images: CalibrationImages,
-    method: Method = Method.OBS,
-    progress: Callable[[str], None] | None = None,
-) -> PackedMasks:
-    """Prune an ONNX model on calibration data, in place.
-
-    Parameters
-    ----------
-    model
-        The model with its weights.
-    module
-        The same as a canonical module.
-    plan
-        What to prune.
-    images
-        Calibration data.
-    method
-        How, but not MAGNITUDE.
-    progress
-        As for `prune_file`.
-
-    Returns
-    -------
-    By the names of the pruned layers, which weights are left.
-
-    Raises
-    ------
-    CalibrationError
-        If the data do not fit the model.
-    """
-
-    def tell(name: str, number: int, count: int) -> None:
-        if progress is not None:
-            progress(f"pruning ({number + 1} of {count}: {name})")
-
-    done = prune_calibrated(model, module, plan, images, Options(method=method), tell)
-    return PackedMasks(done.masks.items())
-
-
 def prune_file(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -241,7 +195,7 @@ def prune_file(
     shapes: Mapping[str, Sequence[int]] | None = None,
     images: Images | None = None,
     progress: Callable[[str], None] | None = None,
-) -> PackedMasks:
+) -> PrunedOnnx:
     """Prune an ONNX file; the result is the same model with zeros among its weights.
 
     Parameters
@@ -261,14 +215,15 @@ def prune_file(
 
     Returns
     -------
-    By the names of the pruned layers, which weights are left.
+    PrunedOnnx
+        What was written, and by the names of the pruned layers which weights are left.
 
     Raises
     ------
     UnsupportedModelError
         If the model cannot be read.
     PlanError
-        If a glob matches no layer.
+        If a glob matches no layer, or the new order of channels cannot be carried through.
     ArtifactError
         If the output cannot be written.
     """
@@ -278,22 +233,18 @@ def prune_file(
     imported = import_onnx(source, shapes=shapes, verify=False)
     data = open_for(imported, images)
     method = chosen_method(request.method, data)
-    if method is Method.MAGNITUDE:
-        _, masks = prune_module(imported.module, request)
-        pruned = prune_onnx(onnx.load(source), masks, in_place=True)
-    else:
-        assert data is not None
-        pruned = onnx.load(source)
-        masks = prune_proto(pruned, imported.module, request.plan(imported.module), data, method, progress)
+    done = prune_imported(
+        imported, onnx.load(source), request.plan(imported.module), data, method, request.rearrange, progress
+    )
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        onnx.save(pruned, scratch)
+        onnx.save(done.model, scratch)
         scratch.replace(target)
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error.strerror or error}; choose another output") from error
     finally:
         scratch.unlink(missing_ok=True)
-    return masks
+    return done
 
 
 def inspect_model(

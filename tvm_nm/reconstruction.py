@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from tvm_nm.errors import PlanError
 from tvm_nm.layer_pruning import Fit, Method, fit_layer
 from tvm_nm.masks import BoolArray
-from tvm_nm.moments import Moments, MomentsAccumulator
-from tvm_nm.onnx_network import FloatArray, LayerNode, LayerWeights, OnnxNetwork
+from tvm_nm.moments import Moments
+from tvm_nm.observation import Observation, Walk, observe_layer
+from tvm_nm.onnx_network import LayerNode, LayerWeights, OnnxNetwork
 from tvm_nm.patterns import Dense
 from tvm_nm.plan import LayerChoice, Plan, near_names
+from tvm_nm.rectified import fit_rectified
 from tvm_nm.refit import DAMPING
-from tvm_nm.tensor_store import StoredTensor, TensorStore
+from tvm_nm.tensor_store import TensorStore
 
 __all__ = ["LayerFit", "Options", "Reconstruction", "Walk", "measure_layer", "reconstruct"]
 
@@ -42,6 +44,8 @@ class Options:
         Bytes of activations to hold in memory; the rest goes to temporary files.
     threads
         Threads of onnxruntime; None for all.
+    rectified
+        Bytes of positions by which layers are refitted behind the ReLU that follows them; 0 for no such refit.
     """
 
     method: Method = Method.OBS
@@ -51,6 +55,7 @@ class Options:
     max_columns: int = 8192
     memory: int = 1 << 30
     threads: int | None = None
+    rectified: int = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,50 +97,6 @@ class Reconstruction:
     weights: dict[str, LayerWeights] = field(default_factory=dict)
     masks: dict[str, BoolArray] = field(default_factory=dict)
     layers: tuple[LayerFit, ...] = ()
-
-
-class Walk:
-    """The activations of one network at a cut that moves forward, for all batches of the calibration data.
-
-    Parameters
-    ----------
-    network
-        The network.
-    store
-        Where activations are kept.
-    threads
-        Threads of onnxruntime.
-    """
-
-    def __init__(self, network: OnnxNetwork, store: TensorStore, threads: int | None = None) -> None:
-        self.network = network
-        self.position = 0
-        self.batches: list[dict[str, StoredTensor]] = []
-        self._store, self._threads = store, threads
-
-    def start(self, batches: Iterator[NDArray[np.float32]]) -> None:
-        """Take in the images."""
-        self.batches = [{self.network.input: self._store.put(batch)} for batch in batches]
-
-    def fork(self) -> Walk:
-        """Return a walk at the same cut, which goes on with a network of its own."""
-        other = Walk(self.network, self._store, self._threads)
-        other.position, other.batches = self.position, [dict(batch) for batch in self.batches]
-        return other
-
-    def advance(self, position: int, weights: Mapping[str, LayerWeights] | None = None) -> None:
-        """Move on to the cut at `position`, with other weights in the layers on the way."""
-        if position == self.position:
-            return
-        outputs = self.network.frontier(position)
-        segment = self.network.segment(self.position, position, outputs, weights, self._threads)
-        for batch in self.batches:
-            values = segment({name: batch[name].get() for name in segment.inputs})
-            found = {name: batch[name] for name in segment.passed}
-            found.update({name: self._store.put(values[name]) for name in segment.outputs})
-            batch.clear()
-            batch.update(found)
-        self.position = position
 
 
 def reconstruct(
@@ -191,8 +152,8 @@ def reconstruct(
         started = time.perf_counter()
         dense.advance(layer.position)
         pruned.advance(layer.position, result.weights)
-        moments = measure_layer(layer, dense, pruned, options, number)
-        fit = _fit(network, layer, choice, moments, options, (importance or {}).get(layer.name))
+        seen = observe_layer(layer, dense, pruned, options.samples, number, options.threads, held=options.rectified)
+        fit = _fit(network, layer, choice, seen, options, (importance or {}).get(layer.name))
         result.weights[layer.name] = fit.weights
         if choice is not None:
             result.masks[layer.name] = fit.mask
@@ -222,13 +183,18 @@ def _fit(
     network: OnnxNetwork,
     layer: LayerNode,
     choice: LayerChoice | None,
-    moments: Moments,
+    seen: Observation,
     options: Options,
     importance: NDArray[np.float64] | None,
 ) -> Fit:
     pattern, density = (choice.pattern, choice.density) if choice is not None else (Dense(), 1.0)
     weight = network.weights(layer.name).weight
-    return fit_layer(moments, weight, pattern, density, options.method, damping=options.damping, importance=importance)
+    fit = fit_layer(
+        seen.moments, weight, pattern, density, options.method, damping=options.damping, importance=importance
+    )
+    if not seen.positions:
+        return fit
+    return replace(fit, weights=fit_rectified(seen.positions, seen.moments, fit.weights, fit.mask, options.damping))
 
 
 def measure_layer(layer: LayerNode, dense: Walk, pruned: Walk, options: Options, seed: int) -> Moments:
@@ -245,34 +211,4 @@ def measure_layer(layer: LayerNode, dense: Walk, pruned: Walk, options: Options,
     seed
         Of the choice of rows.
     """
-    network = dense.network
-    run = network.segment(layer.position, layer.position + 1, [layer.output], threads=options.threads)
-    other = _added(network, layer)
-    accumulator: MomentsAccumulator | None = None
-    for before, now in zip(dense.batches, pruned.batches, strict=True):
-        data = before[layer.data].get()
-        target = run({layer.data: data})[layer.output]
-        if pruned is not dense:
-            data = now[layer.data].get()
-            if other is not None and before[other] is not now[other]:
-                target = target + (before[other].get() - now[other].get())
-        if accumulator is None:
-            accumulator = MomentsAccumulator(layer, _share(layer, target, len(dense.batches), options), seed)
-        accumulator.add(data, target)
-    assert accumulator is not None
-    return accumulator.result()
-
-
-def _share(layer: LayerNode, target: FloatArray, batches: int, options: Options) -> float:
-    size = int(np.prod(layer.weight_shape[1:]))
-    positions = target.size // layer.weight_shape[0] * batches
-    return min(1.0, max(options.samples, 16 * size) / positions)
-
-
-def _added(network: OnnxNetwork, layer: LayerNode) -> str | None:
-    """Name the tensor that a layer's output is added to, if that is all that becomes of it and it is there before."""
-    readers = [node for node in network.nodes if layer.output in node.input]
-    if len(readers) != 1 or readers[0].op_type != "Add":
-        return None
-    others = [name for name in readers[0].input if name != layer.output]
-    return others[0] if len(others) == 1 and others[0] in network.frontier(layer.position) else None
+    return observe_layer(layer, dense, pruned, options.samples, seed, options.threads).moments

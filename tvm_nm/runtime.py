@@ -26,6 +26,7 @@ from tvm_nm.reference_run import TensorSpec
 from tvm_nm.schedules.machine import usable_threads
 
 if TYPE_CHECKING:
+    from tvm_nm.agreement import Agreement
     from tvm_nm.bench import BenchmarkResult
 
 __all__ = ["CompiledModel", "load", "release_memory", "use_threads"]
@@ -79,6 +80,7 @@ class CompiledModel:
         *,
         threads: int | None = None,
         temporary: tempfile.TemporaryDirectory[str] | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"a model runs with at least 1 thread, not {threads}")
@@ -86,6 +88,7 @@ class CompiledModel:
         self._manifest = manifest
         self._threads = threads or min(manifest.threads, usable_threads())
         self._temporary = temporary
+        self._agreement = agreement
         self._lock = threading.Lock()
         self._library: Any = None
         self._main: Any = None
@@ -115,6 +118,11 @@ class CompiledModel:
     def layers(self) -> tuple[LayerReport, ...]:
         """What became of each layer."""
         return self._manifest.layers
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """How its answers compare with the dense network's, if `tvm_nm.compile` was given a gate."""
+        return self._agreement
 
     @property
     def threads(self) -> int:

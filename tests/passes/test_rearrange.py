@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from tvm_nm.passes.rearrange import (
     LayerOrder,
     Rearrange,
     class_contents,
+    moved_layers,
     rearrange,
     rearrangement_report,
     reordered,
@@ -35,6 +37,7 @@ from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.reference import reference_model_path
 from tvm_nm.reference_run import compare, random_inputs, run_onnx
 from tvm_nm.relax_numpy import NumpyModule
+from tvm_nm.reorder_onnx import reorder_onnx
 
 op = relax.op
 
@@ -330,6 +333,8 @@ def test_random_networks_stay_the_same(model: onnx.ModelProto, seed: int) -> Non
     mod = import_onnx(model, verify=False).module
     after, _ = shuffled(mod, seed)
     assert_equal_networks(mod, after, seed)
+    with contextlib.suppress(PlanError):  # a constant by channel behind a slice or a shuffle of channels that moved
+        reordered_file(model, seed)
 
 
 # Whole models, and the search.
@@ -364,6 +369,51 @@ def test_large_models_stay_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", SHARED_NAMES)
 def test_trained_models_stay_the_same(name: str) -> None:
     check_model(import_onnx(shared_model(name), verify=False).module)
+    assert reordered_file(onnx.load(shared_model(name)), 0)
+
+
+def reordered_file(model: onnx.ModelProto, seed: int) -> int:
+    """Put an ONNX model's channels in a random order; it must stay the same. Returns how many layers moved."""
+    imported = import_onnx(model, verify=False)
+    flow = follow_channels(imported.module)
+    solution = flow.ties.solve()
+    rng = np.random.default_rng(seed)
+    content = class_contents(solution, [rng.permutation(len(s.classes)) for s in solution.sets])
+    groups = {layer.name: layer.groups for layer in inventory(imported.module)}
+    orders = moved_layers(flow, solution, content, groups)
+    inputs = random_inputs(imported.inputs)
+    want = run_onnx(imported.onnx, inputs)
+    changed = imported.onnx
+    reorder_onnx(changed, orders)
+    assert compare(run_onnx(changed, inputs), want).max_rel <= 1e-4
+    weights, before = layer_weights(import_onnx(changed, verify=False).module), layer_weights(imported.module)
+    for name, order in orders.items():
+        np.testing.assert_allclose(weights[name], order.apply(before[name]), rtol=1e-5, atol=1e-7)
+    return len(orders)
+
+
+@pytest.mark.parametrize("name", SMALL_MODELS)
+def test_small_model_files_stay_the_same(name: str) -> None:
+    if name in ("local_function",):
+        with pytest.raises(PlanError, match="no node of the model's main graph"):
+            reordered_file(SMALL_MODELS[name](), 0)
+        return
+    reordered_file(SMALL_MODELS[name](), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenet_v2_bn", "resnet50_bn"])
+def test_large_model_files_stay_the_same(name: str) -> None:
+    assert reordered_file(onnx.load(large_model(name)), 0)
+
+
+def test_a_constant_that_cannot_be_followed_is_named() -> None:
+    net = Net((1, 4, 6, 6))
+    inner = net.conv("input", (8, 4, 3, 3), pads=[1, 1, 1, 1])
+    sliced = net.add("Slice", inner, *(net.constant(np.array([v])) for v in (2, 7, 1, 1)))
+    model = net.model(net.conv(net.add("Mul", sliced, net.weight(5, 1, 1)), (3, 5, 1, 1)))
+    with pytest.raises(PlanError, match=r"has values of its own .* leave out --rearrange"):
+        reordered_file(model, 0)
 
 
 def check_model(mod: tvm.IRModule, tolerance: float = 1e-5) -> None:

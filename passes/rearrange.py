@@ -195,7 +195,8 @@ def rearrange(
         pattern = str(layers[name].pattern) if name in layers else ""
         kept = before.get(name, 1.0), after.get(name, 1.0)
         rows.append(_row(name, pattern, kept, flow.layers.get(name), moved.get(name), solution))
-    report = RearrangementReport(method, round(time.perf_counter() - start, 3), tuple(rows))
+    measure = "L1 norm" if saliency is None else "saliency on the calibration images"
+    report = RearrangementReport(method, round(time.perf_counter() - start, 3), tuple(rows), measure)
     for row in rows:
         if row.pattern:
             _log.info(

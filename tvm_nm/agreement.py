@@ -137,7 +137,7 @@ def share_interval(share: float, images: int) -> tuple[float, float]:
     square = _NORMAL**2 / images
     middle = (share + square / 2) / (1 + square)
     half = _NORMAL * math.sqrt(share * (1 - share) / images + square / (4 * images)) / (1 + square)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def _top5(answers: NDArray[np.floating], labels: NDArray[np.int64]) -> float:

@@ -325,7 +325,7 @@ def prune(
     kept, total = sum(int(mask.sum()) for mask in masks.values()), sum(mask.size for mask in masks.values())
     if done.rearrangement is not None:
         before, after = done.rearrangement.kept
-        click.echo(f"rearranged channels: the patterns keep {after:.4f} of what weights are worth, {before:.4f} before")
+        click.echo(f"rearranged channels: {after:.1%} of the {done.rearrangement.measure} is kept, not {before:.1%}")
     click.echo(f"pruned {len(masks)} layers to {request.pattern}: {kept} of their {total} weights are left")
     click.echo(f"written to {output}")
 

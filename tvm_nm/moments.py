@@ -34,7 +34,8 @@ class Moments:
     input_mean
         (groups, K).
     hessian
-        Covariance of the columns, (groups, K, K).
+        Covariance of the columns, (groups, K, K); in it, in `cross` and in `target_variance` the means of images may
+        count besides, see `MomentsAccumulator`.
     target_mean
         (OC,), of the outputs that the layer should have.
     cross
@@ -62,10 +63,14 @@ class MomentsAccumulator:
         Share of the output rows that are looked at, in (0, 1]; chosen anew for each batch.
     seed
         Of that choice.
+    image_weight
+        How much an image's mean over its positions counts, as a multiple of what its positions count together. What
+        errors have in common over an image does not average out in the layers and poolings that follow.
     """
 
-    def __init__(self, layer: LayerNode, rows: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, layer: LayerNode, rows: float = 1.0, seed: int = 0, image_weight: float = 0.0) -> None:
         self._layer = layer
+        self._image_weight = image_weight if layer.kind == "conv" else 0.0
         self._share = rows
         self._rng = np.random.default_rng(seed)
         outputs, inputs, height, width = layer.weight_shape
@@ -90,11 +95,14 @@ class MomentsAccumulator:
         target
             Outputs that it should have for it.
         """
-        for x, y in paired_columns(self._layer, data, target, self._share, self._rng):
-            self.add_columns(x, y)
+        for x, y, images in paired_columns(self._layer, data, target, self._share, self._rng):
+            self.add_columns(x, y, images)
 
-    def add_columns(self, x: FloatArray, y: FloatArray) -> None:
-        """Take columns (groups, K, P) and the outputs wanted of them (OC, P) into account."""
+    def add_columns(self, x: FloatArray, y: FloatArray, images: int = 1) -> None:
+        """Take columns (groups, K, P) and the outputs wanted of them (OC, P) into account.
+
+        With positions of several images, those of each image are to stand together.
+        """
         groups = self._layer.groups
         if self._shift_x is None or self._shift_y is None:
             # Sums of squares lose digits where the mean is large, so a first guess of it is taken off.
@@ -111,6 +119,15 @@ class MomentsAccumulator:
         for group in range(groups):
             self._xx[group] += x[group] @ x[group].T
             cross[group] += by_group[group] @ x[group].T
+        if self._image_weight:
+            each = x.shape[2] // images
+            weight = self._image_weight * each
+            x, y = x.reshape(*x.shape[:2], images, each).mean(axis=3), y.reshape(len(y), images, each).mean(axis=2)
+            self._yy += np.einsum("op,op->o", y, y) * weight
+            by_group = y.reshape(groups, -1, y.shape[1])
+            for group in range(groups):
+                self._xx[group] += x[group] @ x[group].T * weight
+                cross[group] += by_group[group] @ x[group].T * weight
 
     def result(self) -> Moments:
         """Return the moments of all batches so far.
@@ -124,8 +141,9 @@ class MomentsAccumulator:
             raise ValueError(f"layer {self._layer.name!r} has seen no data")
         count, groups = self._count, self._layer.groups
         x, y = self._x / count, self._y / count
-        hessian = self._xx / count - x[:, :, None] * x[:, None, :]
-        by_group = (self._yx / count).reshape(groups, -1, x.shape[1])
+        weight = count * (1 + self._image_weight)
+        hessian = self._xx / weight - x[:, :, None] * x[:, None, :]
+        by_group = (self._yx / weight).reshape(groups, -1, x.shape[1])
         cross = (by_group - y.reshape(groups, -1, 1) * x[:, None, :]).reshape(self._yx.shape)
         return Moments(
             count,
@@ -133,7 +151,7 @@ class MomentsAccumulator:
             hessian,
             y + self._shift_y[:, 0],
             cross,
-            np.maximum(self._yy / count - y * y, 0),
+            np.maximum(self._yy / weight - y * y, 0),
         )
 
 
@@ -176,7 +194,7 @@ def columns(layer: LayerNode, data: FloatArray, rows: NDArray[np.intp] | None = 
 
 def paired_columns(
     layer: LayerNode, data: FloatArray, target: FloatArray, share: float, rng: np.random.Generator
-) -> Iterator[tuple[FloatArray, FloatArray]]:
+) -> Iterator[tuple[FloatArray, FloatArray, int]]:
     """Lay out a batch's inputs and outputs in pieces of about 8192 positions.
 
     Parameters
@@ -190,13 +208,13 @@ def paired_columns(
 
     Yields
     ------
-    Columns (groups, K, P) and outputs (channels, P).
+    Columns (groups, K, P), outputs (channels, P) and the number of images that these are of, one after the other.
     """
     if layer.kind == "fc":
         x = data.reshape(-1, data.shape[-1]).T[None]
         y = target.reshape(-1, target.shape[-1]).T
         for start in range(0, x.shape[2], _CHUNK):
-            yield x[:, :, start : start + _CHUNK], y[:, start : start + _CHUNK]
+            yield x[:, :, start : start + _CHUNK], y[:, start : start + _CHUNK], 1
         return
     if layer.rank == 3:
         data, target = data[:, :, None], target[:, :, None]
@@ -208,4 +226,4 @@ def paired_columns(
         part = target[start : start + step]
         part = part if rows is None else part[:, :, rows]
         x = columns(layer, data[start : start + step], rows)
-        yield x, part.transpose(1, 0, 2, 3).reshape(channels, -1)
+        yield x, part.transpose(1, 0, 2, 3).reshape(channels, -1), len(part)

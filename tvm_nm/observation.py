@@ -78,7 +78,14 @@ class Observation:
 
 
 def observe_layer(
-    layer: LayerNode, dense: Walk, pruned: Walk, samples: int, seed: int, threads: int | None = None, held: int = 0
+    layer: LayerNode,
+    dense: Walk,
+    pruned: Walk,
+    samples: int,
+    seed: int,
+    threads: int | None = None,
+    held: int = 0,
+    image_weight: float = 0.0,
 ) -> Observation:
     """Run a layer on the calibration data, as far as both networks have come.
 
@@ -98,6 +105,8 @@ def observe_layer(
         Threads of onnxruntime.
     held
         Bytes of positions to keep for a refit behind the ReLU.
+    image_weight
+        See `tvm_nm.moments.MomentsAccumulator`.
     """
     network = dense.network
     run = network.segment(layer.position, layer.position + 1, [layer.output], threads=threads)
@@ -106,7 +115,7 @@ def observe_layer(
     channels = layer.weight_shape[0]
     inverse = np.divide(1, follows.scale, out=np.zeros_like(follows.scale), where=follows.scale != 0)
     rng = np.random.default_rng(seed)
-    accumulator = MomentsAccumulator(layer)
+    accumulator = MomentsAccumulator(layer, image_weight=image_weight)
     parts: list[Observed] = []
     share = kept = 1.0
     for number, (before, now) in enumerate(zip(dense.batches, pruned.batches, strict=True)):
@@ -127,8 +136,8 @@ def observe_layer(
                 spread = inverse if axis == -1 else inverse.reshape(-1, *[1] * (target.ndim - 2))
                 target = target + (before[follows.other].get() - other) * spread
             wanted = np.concatenate([target, other], axis=axis)
-        for x, y in paired_columns(layer, data, wanted, share, rng):
-            accumulator.add_columns(x, y[:channels])
+        for x, y, images in paired_columns(layer, data, wanted, share, rng):
+            accumulator.add_columns(x, y[:channels], images)
             if kept:
                 some = np.sort(rng.choice(x.shape[2], max(1, round(kept * x.shape[2])), replace=False))
                 parts.append(_observed(follows, inverse, x[:, :, some], y[:, some]))

@@ -20,8 +20,8 @@ class LayerRearrangement:
     pattern
         Text form of the sparsity pattern that the plan has for it; empty where it is not pruned.
     kept_before, kept_after
-        Share of the sum of absolute weights that the pattern's mask keeps in the original order and in the new one; 1
-        where the layer is not pruned.
+        Share of the sum of absolute weights, or of what weights are worth on calibration images, that the pattern's
+        mask keeps in the original order and in the new one; 1 where the layer is not pruned.
     outputs_free, inputs_free
         How many of its output and input channels may move at all.
     outputs_moved, inputs_moved
@@ -54,11 +54,14 @@ class RearrangementReport:
         Time that it took.
     layers
         All layers in binding order.
+    measure
+        What the kept shares are shares of.
     """
 
     method: str
     seconds: float
     layers: tuple[LayerRearrangement, ...]
+    measure: str = "L1 norm"
 
     @property
     def kept(self) -> tuple[float, float]:

@@ -46,6 +46,8 @@ class Options:
         Threads of onnxruntime; None for all.
     rectified
         Bytes of positions by which layers are refitted behind the ReLU that follows them; 0 for no such refit.
+    image_weight
+        How much errors count that an image's positions have in common; see `tvm_nm.moments.MomentsAccumulator`.
     """
 
     method: Method = Method.OBS
@@ -55,7 +57,8 @@ class Options:
     max_columns: int = 8192
     memory: int = 1 << 30
     threads: int | None = None
-    rectified: int = 1 << 28
+    rectified: int = 0
+    image_weight: float = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,16 @@ def reconstruct(
         started = time.perf_counter()
         dense.advance(layer.position)
         pruned.advance(layer.position, result.weights)
-        seen = observe_layer(layer, dense, pruned, options.samples, number, options.threads, held=options.rectified)
+        seen = observe_layer(
+            layer,
+            dense,
+            pruned,
+            options.samples,
+            number,
+            options.threads,
+            held=options.rectified,
+            image_weight=options.image_weight,
+        )
         fit = _fit(network, layer, choice, seen, options, (importance or {}).get(layer.name))
         result.weights[layer.name] = fit.weights
         if choice is not None:
@@ -211,4 +223,7 @@ def measure_layer(layer: LayerNode, dense: Walk, pruned: Walk, options: Options,
     seed
         Of the choice of rows.
     """
-    return observe_layer(layer, dense, pruned, options.samples, seed, options.threads).moments
+    seen = observe_layer(
+        layer, dense, pruned, options.samples, seed, options.threads, image_weight=options.image_weight
+    )
+    return seen.moments

@@ -189,7 +189,8 @@ def build_database(
     key = {
         "model": network_fingerprint(network),
         "images": images,
-        "options": f"{options.method.value}, damping {options.damping:g}, {options.samples} samples",
+        "options": f"{options.method.value}, damping {options.damping:g}, {options.samples} samples, "
+        f"images count {options.image_weight:g} times",
     }
     database = ReconstructionDatabase(directory, key)
     missing = {name: [entry for entry in entries if (name, *entry) not in database] for name, entries in wanted.items()}

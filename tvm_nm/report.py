@@ -243,9 +243,7 @@ def _tuning(layers: Sequence[LayerReport]) -> str:
 
 def _rearranged(report: RearrangementReport) -> str:
     before, after = report.kept
-    return (
-        f"rearranged by {report.method} in {report.seconds:.1f} s: keeps {after:.1%} of the L1 norm, not {before:.1%}"
-    )
+    return f"rearranged by {report.method} in {report.seconds:.1f} s: keeps {after:.1%} of the {report.measure}, not {before:.1%}"
 
 
 def _signature(specs: Sequence[TensorSpec]) -> str:

@@ -110,3 +110,31 @@ def test_a_share_of_the_rows_is_representative() -> None:
 def test_no_data() -> None:
     with pytest.raises(ValueError, match="no data"):
         MomentsAccumulator(LAYERS["1x1"]).result()
+
+
+@pytest.mark.parametrize("name", ["3x3", "grouped", "depthwise"])
+def test_means_of_images_count_besides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every image's mean stood among its positions once more, with the weight of so many."""
+    monkeypatch.setattr(moments, "_CHUNK", 200)
+    layer = LAYERS[name]
+    data = RNG.standard_normal((6, 4, 9, 11)).astype(np.float32) + RNG.standard_normal((6, 4, 1, 1)).astype(np.float32)
+    target = convolve(layer, RNG.standard_normal(layer.weight_shape).astype(np.float32), data)
+    weight = 3.0
+    accumulator = MomentsAccumulator(layer, image_weight=weight)
+    for start in (0, 4):
+        accumulator.add(data[start : start + 4], target[start : start + 4])
+    found = accumulator.result()
+    x = columns(layer, data).astype(np.float64)
+    y = target.transpose(1, 0, 2, 3).reshape(layer.weight_shape[0], -1).astype(np.float64)
+    each = x.shape[2] // 6
+    means = [array.reshape(*array.shape[:-1], 6, each).mean(axis=-1) for array in (x, y)]
+    share = np.concatenate([np.ones(x.shape[2]), np.full(6, weight * each)])
+    x, y = np.concatenate([x, means[0]], axis=2), np.concatenate([y, means[1]], axis=1)
+    for group in range(layer.groups):
+        rows = slice(group * len(y) // layer.groups, (group + 1) * len(y) // layer.groups)
+        both = np.cov(np.concatenate([x[group], y[rows]]), aweights=share, ddof=0)
+        size = x.shape[1]
+        np.testing.assert_allclose(found.hessian[group], both[:size, :size], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.cross[rows], both[size:, :size], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.target_variance[rows], np.diag(both)[size:], rtol=1e-4)
+    np.testing.assert_allclose(found.input_mean, np.average(x, axis=2, weights=share), rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace, fields
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,8 @@ def _rearrangement(entry: object) -> RearrangementReport | None:
     if not isinstance(entry, dict):
         raise ValueError(f"'rearrangement' is {entry!r:.60}")
     layers = tuple(LayerRearrangement(**_entry(LayerRearrangement, item)) for item in _get(entry, "layers", list))
-    return RearrangementReport(_get(entry, "method", str), float(_get(entry, "seconds", float | int)), layers)
+    report = RearrangementReport(_get(entry, "method", str), float(_get(entry, "seconds", float | int)), layers)
+    return replace(report, measure=_get(entry, "measure", str)) if "measure" in entry else report
 
 
 def _specs(data: dict[str, Any], key: str) -> tuple[TensorSpec, ...]:

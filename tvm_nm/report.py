@@ -112,7 +112,7 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
 
 
 def rearrangement_table(report: RearrangementReport) -> Table:
-    """Show what rearrangement did to each pruned layer: the share of its L1 norm that is kept, and what moved."""
+    """Show what rearrangement did to each pruned layer: the share of its L1 norm or saliency that is kept, and what moved."""
     table = _table("layer", "pattern", "kept before", "kept after", "outputs moved", "inputs moved", "note")
     for layer in report.layers:
         if layer.pattern:
@@ -243,7 +243,8 @@ def _tuning(layers: Sequence[LayerReport]) -> str:
 
 def _rearranged(report: RearrangementReport) -> str:
     before, after = report.kept
-    return f"rearranged by {report.method} in {report.seconds:.1f} s: keeps {after:.1%} of the {report.measure}, not {before:.1%}"
+    kept = f"keeps {after:.1%} of the {report.measure}, not {before:.1%}"
+    return f"rearranged by {report.method} in {report.seconds:.1f} s: {kept}"
 
 
 def _signature(specs: Sequence[TensorSpec]) -> str:

@@ -112,7 +112,7 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
 
 
 def rearrangement_table(report: RearrangementReport) -> Table:
-    """Show what rearrangement did to each pruned layer: the share of its L1 norm or saliency that is kept, and what moved."""
+    """Show what rearrangement did to each pruned layer: the share of what it is worth that is kept, what moved."""
     table = _table("layer", "pattern", "kept before", "kept after", "outputs moved", "inputs moved", "note")
     for layer in report.layers:
         if layer.pattern:

@@ -16,6 +16,7 @@ from tvm_nm.cli_evaluate import agreement_text, evaluate_command, gate_options, 
 from tvm_nm.cli_options import calibration_images as _images
 from tvm_nm.cli_options import calibration_options as _calibration_options
 from tvm_nm.cli_options import emit_json as _emit
+from tvm_nm.cli_options import method_option
 from tvm_nm.cli_options import parse_shape_options as _shapes
 from tvm_nm.cli_plan import goal_options, has_goal, make_planned, plan_command
 from tvm_nm.cli_torch import finetune_command, refit_command
@@ -65,12 +66,7 @@ def _prune_options(command: _F) -> _F:
         ),
         click.option("--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default."),
         click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers alone; wins over --include."),
-        click.option(
-            "--method",
-            type=click.Choice(("magnitude", "ls", "obs")),
-            help="Drop the smallest weights; the smallest, refitting the rest; or by what it costs after refitting. "
-            "[default: obs with calibration data, else magnitude]",
-        ),
+        method_option,
     )
     for option in reversed(options):
         command = option(command)
@@ -108,6 +104,7 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @_shape_option
 @_json_option
 @_database_option
+@click.option("--stitch", is_flag=True, help="Take the pruned layers from --reconstruction as they are there.")
 @click.option("--untuned", is_flag=True, help="Do not use the tuned records that come with tvm-nm.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the outputs with onnxruntime's.")
 @click.option("--no-winograd", is_flag=True, help="Compute dense 3x3 convolutions directly: smaller, rounds less.")
@@ -131,6 +128,7 @@ def compile_command(
     untuned: bool,
     no_verify: bool,
     no_winograd: bool,
+    stitch: bool,
     plan_file: Path | None,
     min_agreement: float | None,
     max_drop: float | None,
@@ -161,6 +159,10 @@ def compile_command(
         raise click.UsageError("--pattern and --density go with neither a plan nor a budget; use --patterns, --allow")
     if no_winograd and has_goal(planning):
         raise click.UsageError("--no-winograd goes with no budget: times are measured with Winograd kernels")
+    if stitch and not planning["reconstruction"]:
+        raise click.UsageError("--stitch needs --reconstruction, the folder with the pruned layers")
+    if planning["reconstruction"] and not (stitch or has_goal(planning)):
+        raise click.UsageError("--reconstruction goes with a budget or with --stitch")
     if plan_file is not None and has_goal(planning):
         raise click.UsageError("--plan goes with no budget: it has been planned already")
     if rearrange not in (None, "none") and has_goal(planning):
@@ -174,7 +176,7 @@ def compile_command(
     with Steps() as steps:
         if has_goal(planning):
             common: dict[str, Any] = {"include": include, "exclude": exclude, "threads": threads, "target": target}
-            common |= {"images": images, "database": database, "untuned": untuned}
+            common |= {"images": images, "method": method, "database": database, "untuned": untuned}
             planned = make_planned(model, {**planning, **common, "shapes": _shapes(shapes)}, steps)
         built = compile_model(
             model,
@@ -186,6 +188,7 @@ def compile_command(
             exclude=exclude,
             method=method,
             images=images,
+            reconstruction=planning["reconstruction"] if stitch else None,
             rearrange=rearrange or DEFAULT_REARRANGE,
             threads=threads,
             target=target,

@@ -14,9 +14,16 @@ from tvm_nm.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from tvm_nm.pruning import Images
 
-__all__ = ["calibration_images", "calibration_options", "emit_json", "parse_shape_options"]
+__all__ = ["calibration_images", "calibration_options", "emit_json", "method_option", "parse_shape_options"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+method_option = click.option(
+    "--method",
+    type=click.Choice(("magnitude", "ls", "obs")),
+    help="Drop the smallest weights; the smallest, refitting the rest; or by what it costs after refitting. "
+    "[default: obs with calibration data, else magnitude]",
+)
 
 
 def parse_shape_options(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:

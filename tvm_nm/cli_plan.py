@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tvm_nm.cli_options import calibration_images, calibration_options, emit_json, parse_shape_options
+from tvm_nm.cli_options import (
+    calibration_images,
+    calibration_options,
+    emit_json,
+    method_option,
+    parse_shape_options,
+)
 from tvm_nm.console import Steps
 
 if TYPE_CHECKING:
-    from tvm_nm.plan_model import Planned
+    from tvm_nm.planned import Planned
 
 # As in cli.py, functions import what they need themselves.
 
@@ -36,6 +42,13 @@ def goal_options(command: _F) -> _F:
         click.option("--search", is_flag=True, help="Search the layers' sensitivities on calibration images."),
         click.option("--trials", type=click.IntRange(min=1), default=100, show_default=True, help="Of the search."),
         click.option(
+            "--reconstruction",
+            type=click.Path(path_type=Path),
+            metavar="DIR",
+            help="Layers pruned to all candidates on --calib, to estimate losses with; what is missing is added. "
+            "[default: pruned anew]",
+        ),
+        click.option(
             "--costs",
             type=click.Path(path_type=Path),
             metavar="FILE",
@@ -47,6 +60,7 @@ def goal_options(command: _F) -> _F:
         click.option("--max-density", multiple=True, metavar="[GLOB=]D", help="Largest density, of some layers."),
         click.option("--allow", multiple=True, metavar="[GLOB=]P,P", help="Patterns allowed, for some layers."),
         click.option("--tie", multiple=True, metavar="GLOB", help="Layers that have to share a pattern."),
+        click.option("--tie-channels", is_flag=True, help="Tie layers whose outputs are added up."),
         click.option("--max-bytes", type=int, metavar="N", help="Largest size of all packed weights."),
         click.option("--max-macs", type=int, metavar="N", help="Most multiply-accumulates."),
         click.option(
@@ -117,6 +131,9 @@ def make_planned(model: Path, options: dict[str, Any], progress: Callable[[str],
         constraints=Constraints(rules, tied, options["max_bytes"], options["max_macs"]),
         images=options["images"],
         trials=options["trials"] if options["search"] else 0,
+        method=options["method"],
+        reconstruction=options["reconstruction"],
+        tie_channels=options["tie_channels"],
         database=options["database"],
         shipped_records=not options["untuned"],
         rounds=options["plan_rounds"],
@@ -134,6 +151,7 @@ def make_planned(model: Path, options: dict[str, Any], progress: Callable[[str],
 @goal_options
 @click.option("--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers alone.")
+@method_option
 @calibration_options
 @click.option("--db", "database", type=click.Path(path_type=Path), metavar="DIR", help="Tuning database to build with.")
 @click.option("--untuned", is_flag=True, help="Do not use the tuned records that come with tvm-nm.")
@@ -170,9 +188,11 @@ def plan_command(
     if check is not None:
         _check(check, model, options)
         return
-    from tvm_nm.plan_report import plan_summary, plan_table, plot_front
+    from tvm_nm.plan_report import check_plot, plan_summary, plan_table, plot_front
     from tvm_nm.report import to_text
 
+    if plot is not None:
+        check_plot(plot)
     with Steps() as steps:
         planned = make_planned(model, options, steps)
     if output is not None:

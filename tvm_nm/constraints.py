@@ -7,7 +7,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,17 @@ class Constraints:
         if self.max_bytes is not None and self.max_macs is not None:
             raise PlanError("a plan can be limited in memory or in multiply-accumulates, not in both")
 
+    def with_ties(self, groups: Iterable[Sequence[str]]) -> Constraints:
+        """Return the constraints with more groups tied; groups that share a layer become one."""
+        merged: list[set[str]] = []
+        for group in [*self.tied, *groups]:
+            names = set(group)
+            for other in [other for other in merged if other & names]:
+                merged.remove(other)
+                names |= other
+            merged.append(names)
+        return replace(self, tied=tuple(tuple(sorted(names)) for names in merged))
+
     @property
     def resource(self) -> Resource | None:
         """What is limited beside time."""
@@ -128,6 +139,15 @@ class Constraints:
             return 0
         return candidate.bytes if self.resource is Resource.BYTES else candidate.macs
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise `PlanError` if a rule matches none of the layers or a tied layer is not among them."""
+        for rule in self.rules:
+            if not any(rule.matches(name) for name in names):
+                raise PlanError(f"no layer matches {rule.glob!r}; {near_names(rule.glob, names)}")
+        for name in (name for group in self.tied for name in group):
+            if name not in names:
+                raise PlanError(f"tied layer {name!r} does not exist; {near_names(name, names)}")
+
     def allowed(self, layers: Sequence[LayerCosts]) -> list[NDArray[np.intp]]:
         """Return the indices of the candidates that each layer may take.
 
@@ -138,10 +158,7 @@ class Constraints:
         PlanError
             If a rule matches no layer or leaves one without candidates.
         """
-        names = [layer.name for layer in layers]
-        for rule in self.rules:
-            if not any(rule.matches(name) for name in names):
-                raise PlanError(f"no layer matches {rule.glob!r}; {near_names(rule.glob, names)}")
+        self.check_names([layer.name for layer in layers])
         found = []
         for layer in layers:
             rules = [rule for rule in self.rules if rule.matches(layer.name)] if layer.can_be_pruned else []
@@ -160,10 +177,8 @@ class Constraints:
         PlanError
             If a group names a layer that does not exist.
         """
+        self.check_names(names)
         index = {name: position for position, name in enumerate(names)}
-        for name in (name for group in self.tied for name in group):
-            if name not in index:
-                raise PlanError(f"tied layer {name!r} does not exist; {near_names(name, names)}")
         tied = [sorted(index[name] for name in group) for group in self.tied if group]
         covered = {position for group in tied for position in group}
         alone = [[position] for position in range(len(names)) if position not in covered]

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from tvm_nm.bench import profile_layers
 from tvm_nm.compiler import model_sha256, write_library
-from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource, interpolate_times
+from tvm_nm.cost_merge import interpolate_times
+from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource
 from tvm_nm.errors import PlanError
 from tvm_nm.fingerprint import plain_target, structure_digest
 from tvm_nm.frontend import ImportedModel
@@ -43,7 +44,7 @@ __all__ = ["DEFAULT_DENSITIES", "DEFAULT_PATTERNS", "TEMPLATE_REVISION", "Candid
 DEFAULT_PATTERNS = ("1x4p", "1x16p")
 """Blocks by position: at the same density they lose less accuracy than whole kernels and cost the same."""
 DEFAULT_DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
-_ANCHORS = (0.75, 0.5, 0.25, 0.125)
+_ANCHORS = (0.75, 0.5, 0.25, 0.125, 0.0625)
 
 _MIN_ROUNDS = 7
 _BLOCK_US = 20_000.0
@@ -76,7 +77,7 @@ class CandidateGrid:
     def make(
         cls, patterns: Sequence[str] = DEFAULT_PATTERNS, densities: Sequence[float] = DEFAULT_DENSITIES
     ) -> CandidateGrid:
-        """Read text forms; measured are the usual densities among the given, or else the ends and the middle.
+        """Read text forms; measured are the lowest and the usual densities among the given, or else ends and middle.
 
         Raises
         ------
@@ -93,7 +94,7 @@ class CandidateGrid:
             raise PlanError("candidates need at least one sparsity pattern, and densities between 0 and 1")
         if not chosen and any(pattern.fixed_density is None for pattern in parsed):
             raise PlanError("candidates need at least one density")
-        measured = tuple(density for density in chosen if density in _ANCHORS)
+        measured = tuple(density for density in chosen if density in _ANCHORS or density == chosen[-1])
         if len(measured) < min(3, len(chosen)):
             measured = tuple(dict.fromkeys((chosen[0], chosen[len(chosen) // 2], chosen[-1])))
         return cls(parsed, chosen, measured)
@@ -123,6 +124,7 @@ def measure_costs(
     exclude: Sequence[str] = (),
     tuned: TunedKernels | None = None,
     seconds: float = 20.0,
+    early: Callable[[float, float], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CostTable:
     """Build and time a network's candidates.
@@ -142,6 +144,9 @@ def measure_costs(
         Tuned kernel variants to build with.
     seconds
         How long to measure, at least; a slow network takes more.
+    early
+        Called with first estimates of the least time of any plan and of the dense time, in microseconds, as soon as the
+        dense network and the sparsest ones are built; may raise.
     progress
         Called with the name of each step when it starts.
 
@@ -161,7 +166,9 @@ def measure_costs(
     if not names:
         raise PlanError("the model has no layer that can be pruned; name one with --include")
     wanted: list[tuple[SparsityPattern, float]] = [(Dense(), 1.0)]
-    wanted += [(pattern, density) for pattern in grid.patterns for density in grid.of(pattern, measured=True)]
+    sparse = [(pattern, density) for pattern in grid.patterns for density in grid.of(pattern, measured=True)]
+    sparsest = [(pattern, min(grid.of(pattern))) for pattern in grid.patterns]
+    wanted += sorted(sparse, key=lambda entry: entry not in sparsest)
     with TemporaryDirectory(prefix="tvm-nm-costs-") as folder:
         builds = []
         for number, (pattern, density) in enumerate(wanted):
@@ -170,6 +177,10 @@ def measure_costs(
             plan = Plan(tuple(LayerChoice(name, pattern, density) for name in names))
             model = build_plan(imported, plan, target, Path(folder) / str(number), tuned)
             builds.append(_Build(pattern, density, model))
+            if early is not None and number == len(sparsest):
+                step("measuring the dense and the sparsest builds")
+                times, fixed_us = _profile(builds, 0.0)
+                early(fixed_us + float(times.min(axis=0).sum()), fixed_us + float(times[0].sum()))
         step(f"measuring {len(builds)} builds in turns, {len(layers)} layers each")
         times, fixed_us = _profile(builds, seconds)
     found = _layer_costs(layers, set(names), builds, times, grid)

@@ -10,18 +10,15 @@ import enum
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tvm_nm.errors import ArtifactError, PlanError
-from tvm_nm.json_file import read_json, write_text
+from tvm_nm.json_file import load_text, read_json, write_text
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 
-__all__ = ["COSTS_VERSION", "Candidate", "CostTable", "LayerCosts", "TimeSource", "interpolate_times", "merge_tables"]
+__all__ = ["COSTS_VERSION", "Candidate", "CostTable", "LayerCosts", "TimeSource"]
 
 COSTS_VERSION = 1
 """Version of the cost table that this release reads and writes."""
@@ -170,6 +167,8 @@ class CostTable:
         Time of everything that is no layer, and of what calling the layers one after the other adds.
     layers
         In call order.
+    calibrated
+        What calibrated errors were found with, in words; empty where there are none.
 
     Raises
     ------
@@ -185,6 +184,7 @@ class CostTable:
     revision: int
     fixed_us: float
     layers: tuple[LayerCosts, ...]
+    calibrated: str = ""
 
     def __post_init__(self) -> None:
         names = [layer.name for layer in self.layers]
@@ -249,6 +249,7 @@ class CostTable:
                 revision=int(data["revision"]),
                 fixed_us=float(data["fixed_us"]),
                 layers=layers,
+                calibrated=str(data.get("calibrated", "")),
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{source}: {error}") from error
@@ -274,79 +275,7 @@ class CostTable:
         ArtifactError
             If the file cannot be read or is no cost table of this version.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ArtifactError(f"cannot read cost table {os.fspath(path)}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise ArtifactError(f"{os.fspath(path)} is not a cost table: it is not UTF-8 text") from error
-        return cls.from_json(text, source=f"cost table {os.fspath(path)}")
-
-
-def interpolate_times(measured: Sequence[tuple[float, float]], densities: Sequence[float]) -> list[float]:
-    """Return times at densities between and beside those that were measured.
-
-    A sparse kernel's time is close to ``a + b * kept``; between two measured points the line through these, outside of
-    them the line through the nearest two, but no less than a tenth of the nearest time.
-
-    Parameters
-    ----------
-    measured
-        Pairs (density, time) of different densities, at least one. A single one gives a time proportional to
-        ``0.2 + 0.8 * density``, which is cautious for a fifth of the dense time being overhead.
-    densities
-        Where times are wanted.
-    """
-    points = sorted(measured)
-    x, y = np.array([p[0] for p in points]), np.array([p[1] for p in points])
-    found = []
-    for density in densities:
-        if len(x) == 1:
-            value = y[0] * (0.2 + 0.8 * density) / (0.2 + 0.8 * x[0])
-        else:
-            right = int(np.clip(np.searchsorted(x, density), 1, len(x) - 1))
-            slope = (y[right] - y[right - 1]) / (x[right] - x[right - 1])
-            value = y[right - 1] + slope * (density - x[right - 1])
-        nearest = y[int(np.abs(x - density).argmin())]
-        found.append(float(max(value, 0.1 * nearest)))
-    return found
-
-
-def merge_tables(first: CostTable, second: CostTable) -> CostTable:
-    """Put the candidates of two tables of the same model and target together.
-
-    Of a candidate that both have, the better source wins and among equals the second table; errors that only one of
-    them knows are kept.
-
-    Raises
-    ------
-    PlanError
-        If model, target, threads or template revision differ.
-    """
-    for what in ("structure", "target", "threads", "revision"):
-        if getattr(first, what) != getattr(second, what):
-            raise PlanError(
-                f"two cost tables cannot be merged: {what} is {getattr(first, what)} in one and "
-                f"{getattr(second, what)} in the other"
-            )
-    layers = []
-    for layer in first.layers:
-        other = second.layer(layer.name)
-        if other is not None:
-            merged = {candidate.key: candidate for candidate in layer.candidates}
-            for candidate in other.candidates:
-                known = merged.get(candidate.key)
-                merged[candidate.key] = candidate if known is None else _better(known, candidate)
-            sensitivity = {**layer.sensitivity, **other.sensitivity}
-            layer = dataclasses.replace(layer, candidates=tuple(merged.values()), sensitivity=sensitivity)
-        layers.append(layer)
-    return dataclasses.replace(first, layers=tuple(layers), fixed_us=second.fixed_us)
-
-
-def _better(known: Candidate, new: Candidate) -> Candidate:
-    order = list(TimeSource)
-    chosen = new if order.index(new.source) <= order.index(known.source) else known
-    return dataclasses.replace(chosen, errors={**known.errors, **new.errors})
+        return cls.from_json(load_text(path, "cost table"), source=f"cost table {os.fspath(path)}")
 
 
 def _layer_text(layer: LayerCosts) -> str:

@@ -10,10 +10,28 @@ from typing import Any
 
 from tvm_nm.errors import ArtifactError
 
-__all__ = ["read_json", "write_bytes", "write_text"]
+__all__ = ["load_text", "read_json", "write_bytes", "write_text"]
 
 
-def read_json(text: str, source: str, file_format: str, version: int, noun: str) -> dict[str, Any]:
+def load_text(path: str | os.PathLike[str], noun: str) -> str:
+    """Read a text file.
+
+    Raises
+    ------
+    ArtifactError
+        If it cannot be read or is no UTF-8 text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"cannot read {noun} {os.fspath(path)}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{os.fspath(path)} is not a {noun}: it is not UTF-8 text") from error
+
+
+def read_json(
+    text: str, source: str, file_format: str, version: int, noun: str, remedy: str = "make it again"
+) -> dict[str, Any]:
     """Read a JSON object that has the keys "format" and "version".
 
     Parameters
@@ -26,6 +44,8 @@ def read_json(text: str, source: str, file_format: str, version: int, noun: str)
         What the object must say of itself.
     noun
         What kind of file it should be.
+    remedy
+        What to do about one that is damaged or of another version.
 
     Raises
     ------
@@ -35,13 +55,12 @@ def read_json(text: str, source: str, file_format: str, version: int, noun: str)
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{source} is not JSON: {error}") from error
+        raise ArtifactError(f"{source} is not JSON: {error}; {remedy}") from error
     if not isinstance(data, dict) or data.get("format") != file_format:
         raise ArtifactError(f'{source} is not a {noun}: it lacks "format": "{file_format}"')
     if data.get("version") != version:
         raise ArtifactError(
-            f"{source} is a {noun} of version {data.get('version')!r} and this tvm_nm reads version {version}; "
-            "make it again"
+            f"{source} is a {noun} of version {data.get('version')!r} and this tvm_nm reads version {version}; {remedy}"
         )
     return data
 

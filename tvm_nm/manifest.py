@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_nm.errors import ArtifactError
+from tvm_nm.json_file import read_json
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.rearrangement_report import LayerRearrangement, RearrangementReport
 from tvm_nm.reference_run import TensorSpec
@@ -19,6 +20,8 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "tvm_nm artefact"
 MANIFEST_VERSION = 2
 """Version of the artefact that this release reads and writes."""
+
+_REMEDY = "build the artefact again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +127,7 @@ class Manifest:
         ArtifactError
             If the text is no manifest, or one of another version.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ArtifactError(f"{source} is not JSON: {error}; build the artefact again") from error
-        if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
-            raise ArtifactError(f'{source} is not of an artefact: it lacks "format": "{MANIFEST_FORMAT}"')
-        if data.get("version") != MANIFEST_VERSION:
-            raise ArtifactError(
-                f"{source} has format version {data.get('version')!r} and this tvm_nm reads version "
-                f"{MANIFEST_VERSION}; build the artefact again"
-            )
+        data = read_json(text, source, MANIFEST_FORMAT, MANIFEST_VERSION, "manifest of an artefact", _REMEDY)
         try:
             return cls(
                 model=_get(data, "model", str),
@@ -160,7 +153,7 @@ class Manifest:
                 rearrangement=_rearrangement(data.get("rearrangement")),
             )
         except (TypeError, ValueError) as error:
-            raise ArtifactError(f"{source} is damaged: {error}; build the artefact again") from error
+            raise ArtifactError(f"{source} is damaged: {error}; {_REMEDY}") from error
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Manifest:
@@ -179,7 +172,7 @@ class Manifest:
                 f"{os.fspath(directory)} is not an artefact: {MANIFEST} is missing; build one with `tvm-nm compile`"
             ) from None
         except UnicodeDecodeError as error:
-            raise ArtifactError(f"{path} is damaged: it is not UTF-8 text; build the artefact again") from error
+            raise ArtifactError(f"{path} is damaged: it is not UTF-8 text; {_REMEDY}") from error
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error.strerror or error}") from error
         return cls.from_json(text, source=str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,12 +15,13 @@ from tvm_nm.calibration import CalibrationImages, batch_size
 from tvm_nm.errors import CalibrationError, UnsupportedModelError
 from tvm_nm.inventory import layer_calls
 from tvm_nm.masks import BoolArray
-from tvm_nm.onnx_network import OnnxNetwork
+from tvm_nm.onnx_network import LayerWeights, OnnxNetwork
 from tvm_nm.onnx_weights import replace_weights
 from tvm_nm.patterns import Dense
 from tvm_nm.plan import Plan
 from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.reconstruction import LayerFit, Options, reconstruct
+from tvm_nm.reconstruction_db import build_database, stitch
 from tvm_nm.saliency import calibrated_saliency
 
 __all__ = ["OneShot", "channel_importance", "images_per_run", "plan_saliency", "prune_calibrated"]
@@ -34,7 +36,7 @@ class OneShot:
     masks
         By the names of the pruned layers, True where a weight is kept.
     layers
-        What became of each layer that was refitted, in order.
+        What became of each layer that was refitted, in order; empty where layers come out of a database.
     uncalibrated
         Names of layers that could only be pruned by magnitude.
     """
@@ -51,6 +53,7 @@ def prune_calibrated(
     images: CalibrationImages,
     options: Options | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    database: str | os.PathLike[str] | None = None,
 ) -> OneShot:
     """Prune a model to a plan on calibration data; `model` is changed in place.
 
@@ -71,9 +74,14 @@ def prune_calibrated(
         How; the method is not to be MAGNITUDE.
     progress
         As for `tvm_nm.reconstruction.reconstruct`.
+    database
+        Directory of a database of reconstructed layers to take them from, each pruned on its own, instead of pruning
+        one behind the other; what it lacks is added. See `tvm_nm.reconstruction_db.stitch`.
 
     Raises
     ------
+    ArtifactError
+        If the database is of another model, of other images or options.
     CalibrationError
         If the model cannot be run on the images.
     UnsupportedModelError
@@ -90,10 +98,15 @@ def prune_calibrated(
         if call.layer.name in others:
             choice = others[call.layer.name]
             masks[choice.name] = choice.pattern.mask(np.abs(call.weight), choice.density, call.layer.groups)
+    stitched = {}
+    if database is not None and calibrated.layers:  # before anything changes: it belongs to the model as it is
+        size = images_per_run(network, images, options.threads)
+        stitched = _stitched(database, network, module, calibrated, images, size, options, progress)
     if masks:
         prune_onnx(model, masks, in_place=True)
-    if not calibrated.layers:
-        return OneShot(masks, (), tuple(others))
+    if database is not None or not calibrated.layers:
+        replace_weights(model, stitched)
+        return OneShot({**masks, **{name: w.weight != 0 for name, w in stitched.items()}}, (), tuple(others))
     size = images_per_run(network, images, options.threads)
     found = reconstruct(
         network,
@@ -105,6 +118,29 @@ def prune_calibrated(
     )
     replace_weights(model, found.weights)
     return OneShot({**masks, **found.masks}, found.layers, tuple(others))
+
+
+def _stitched(
+    directory: str | os.PathLike[str],
+    network: OnnxNetwork,
+    module: tvm.IRModule,
+    plan: Plan,
+    images: CalibrationImages,
+    size: int,
+    options: Options,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, LayerWeights]:
+    database = build_database(
+        directory,
+        network,
+        {choice.name: [(choice.pattern, choice.density)] for choice in plan.layers},
+        lambda: images.batches(size),
+        images.fingerprint,
+        options,
+        importance=channel_importance(network, module),
+        progress=progress,
+    )
+    return stitch(database, network, plan, images.batches(size), options)
 
 
 def plan_saliency(

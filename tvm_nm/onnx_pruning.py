@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ def prune_imported(
     method: Method = Method.MAGNITUDE,
     rearrange: OrderSearch = "none",
     progress: Callable[[str], None] | None = None,
+    database: str | os.PathLike[str] | None = None,
 ) -> PrunedOnnx:
     """Prune an imported model to a plan.
 
@@ -78,9 +80,14 @@ def prune_imported(
         How channels change places before; see `tvm_nm.rearrangement`.
     progress
         Called with the name of each step when it starts, and how far it has come in brackets.
+    database
+        Directory of a database of reconstructed layers, as for `tvm_nm.oneshot.prune_calibrated`; for channels in their
+        original order only.
 
     Raises
     ------
+    ArtifactError
+        If the database is of something else.
     CalibrationError
         If the data do not fit the model.
     PlanError
@@ -108,7 +115,7 @@ def prune_imported(
     if method is Method.MAGNITUDE:
         return PrunedOnnx(*_by_magnitude(model, module, plan), report)
     assert images is not None
-    done = prune_calibrated(model, module, plan, images, Options(method=method), tell("pruning"))
+    done = prune_calibrated(model, module, plan, images, Options(method=method), tell("pruning"), database)
     return PrunedOnnx(model, PackedMasks(done.masks.items()), report)
 
 

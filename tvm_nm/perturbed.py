@@ -147,6 +147,10 @@ class PerturbedNetwork:
         """Return a layer's weight in the model, (OC, IC / groups, KH, KW)."""
         return self._nodes[layer].to_layer()
 
+    def parameters(self, layer: str) -> LayerParameters:
+        """Return a layer's weight and bias in the model; the bias is None where the layer can have none."""
+        return LayerParameters(self.weight(layer), self._nodes[layer].bias)
+
     def run(self, images: Floats, changed: Mapping[str, LayerParameters] | None = None) -> NDArray[np.float64]:
         """Return the answers for a batch, (N, classes), with other parameters in some layers."""
         feed = dict(self._feed)

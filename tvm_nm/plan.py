@@ -8,11 +8,10 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvm_nm.errors import ArtifactError, PlanError
-from tvm_nm.json_file import read_json, write_text
+from tvm_nm.json_file import load_text, read_json, write_text
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 
 if TYPE_CHECKING:
@@ -176,13 +175,7 @@ class Plan:
         ArtifactError
             If the file cannot be read or is no plan of this version.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ArtifactError(f"cannot read plan {os.fspath(path)}: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise ArtifactError(f"{os.fspath(path)} is not a plan: it is not UTF-8 text") from error
-        return cls.from_json(text, source=f"plan {os.fspath(path)}")
+        return cls.from_json(load_text(path, "plan"), source=f"plan {os.fspath(path)}")
 
 
 def uniform_plan(

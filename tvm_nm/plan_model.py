@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,106 +12,36 @@ from typing import Any
 import numpy as np
 import onnx
 import tvm
-from numpy.typing import NDArray
 
 from tvm_nm.calibration import CalibrationImages, embedded_images
-from tvm_nm.compiler import model_sha256, processor, resolve_target
+from tvm_nm.compiler import model_sha256, resolve_target
 from tvm_nm.constraints import Constraints
-from tvm_nm.cost_measure import CandidateGrid, measure_costs
-from tvm_nm.costs import CostTable, merge_tables
-from tvm_nm.environment import check_environment, missing_features
-from tvm_nm.errors import EnvironmentMismatchError, PlanError
+from tvm_nm.cost_measure import CandidateGrid
+from tvm_nm.costs import CostTable
+from tvm_nm.environment import check_environment
+from tvm_nm.errors import PlanError
 from tvm_nm.frontend import ImportedModel, import_onnx
-from tvm_nm.importance import NORMS, add_norms
-from tvm_nm.inventory import inventory, layer_weights
+from tvm_nm.inventory import inventory
+from tvm_nm.layer_pruning import Method
 from tvm_nm.linker import file_sha256
-from tvm_nm.output_error import MOST_IMAGES, OUTPUT, add_output_errors
-from tvm_nm.perturbed import MagnitudeWeights, PerturbedNetwork
-from tvm_nm.plan import Plan
-from tvm_nm.plan_check import check_match
-from tvm_nm.plan_loop import MAX_ROUNDS, LoopResult, close_loop
+from tvm_nm.output_error import OUTPUT
+from tvm_nm.passes.tied_layers import tied_layers
+from tvm_nm.plan import prunable_layers
+from tvm_nm.plan_calibration import Calibration, calibrate
+from tvm_nm.plan_costs import NEEDS_IMAGES, check_measurable, cost_table, with_importance
+from tvm_nm.plan_loop import MAX_ROUNDS, close_loop
 from tvm_nm.plan_search import SearchResult, search_plan
-from tvm_nm.planner import FrontPoint, Planner, Solution
-from tvm_nm.planning import Goal, UniformPoint, make_plan, uniform_points
-from tvm_nm.pruning import Images, open_for
+from tvm_nm.planned import Planned
+from tvm_nm.planner import Planner, Solution
+from tvm_nm.planning import Goal, make_plan, uniform_points
+from tvm_nm.pruning import Images, chosen_method, open_for
 from tvm_nm.reference import reference_model_path
-from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
-from tvm_nm.schedules.tuned import TunedKernels
 from tvm_nm.tuning.tables import tuned_kernels
 
-__all__ = ["Planned", "cost_table", "plan_model", "with_importance"]
+__all__ = ["Planned", "plan_model"]
 
 _SEARCH_MACS = 6e12
 """Multiply-accumulates to spend on a search: minutes; images are left out beyond."""
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A plan and what it was chosen from.
-
-    Attributes
-    ----------
-    plan
-        The plan.
-    table, metric
-        Costs, as they are after correction, and the importance metric.
-    budget_us
-        The time budget on the scale of the table; for a largest loss, the time of the fastest plan.
-    dense_us
-        Time of the dense network in the table before correction.
-    front
-        The whole Pareto front of the table before correction.
-    uniform
-        What one pattern and density for all comes to.
-    loop
-        What was built and measured; None where nothing was.
-    search
-        What the search over sensitivities found; None where there was none.
-    """
-
-    plan: Plan
-    table: CostTable
-    metric: str
-    budget_us: float
-    dense_us: float
-    front: tuple[FrontPoint, ...]
-    uniform: tuple[UniformPoint, ...]
-    loop: LoopResult | None
-    search: SearchResult | None = None
-
-    def front_dict(self) -> dict[str, Any]:
-        """Return the front as JSON-ready values."""
-        origin = self.plan.origin
-        assert origin is not None
-        return {
-            "format": "tvm_nm front",
-            "version": 1,
-            "model": self.table.model,
-            "metric": self.metric,
-            "dense_us": self.dense_us,
-            "budget_us": self.budget_us,
-            "chosen": {"time_us": origin.predicted_us, "loss": origin.loss},
-            "points": [{"time_us": round(p.time_us, 3), "loss": p.loss} for p in self.front],
-            "uniform": [
-                {"label": p.label, "pattern": p.pattern, "time_us": round(p.time_us, 3), "loss": p.loss}
-                for p in self.uniform
-            ],
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plan, budget and measurements as JSON-ready values."""
-        loop = self.loop
-        rounds = [
-            {"predicted_share": item.predicted, "measured_share": item.measured, "dense_ms": item.dense_ms}
-            for item in (loop.rounds if loop is not None else ())
-        ]
-        return {
-            "plan": json.loads(self.plan.to_json()),
-            "budget_us": self.budget_us,
-            "dense_us": self.dense_us,
-            "rounds": rounds,
-            "taken": loop.best if loop is not None else None,
-        }
 
 
 def plan_model(
@@ -128,6 +56,9 @@ def plan_model(
     constraints: Constraints | None = None,
     images: Images | None = None,
     trials: int = 0,
+    method: str | Method | None = None,
+    reconstruction: str | os.PathLike[str] | None = None,
+    tie_channels: bool = False,
     database: str | os.PathLike[str] | None = None,
     shipped_records: bool = True,
     rounds: int = MAX_ROUNDS,
@@ -160,8 +91,16 @@ def plan_model(
         Calibration data without labels, as for `tvm_nm.compile`.
     trials
         Search the layers' sensitivities with so many trials; needs a time budget and `images`.
+    method
+        How weights will be dropped, as for `tvm_nm.compile`: losses are estimated with such weights.
+    reconstruction
+        Directory of a `tvm_nm.reconstruction_db.ReconstructionDatabase`, for `images` and any method but magnitude: the
+        layers pruned to all candidates. What it lacks is added. Default: a temporary one.
+    tie_channels
+        Whether layers that compute the same channels must share a pattern; see `tvm_nm.passes.tied_layers`.
     database, shipped_records
-        Tuned records to build with, as for `tvm_nm.compile`.
+        Tuned records to build with, as for `tvm_nm.compile`; times of the database fill the gaps between densities that
+        are measured.
     rounds
         Plans to build and measure, at most; with 0 the table's prediction is trusted.
     seconds
@@ -182,6 +121,7 @@ def plan_model(
     """
     check_environment()
     step = progress or (lambda _: None)
+    how = Method(method) if isinstance(method, str) else method
     chosen = resolve_target(target, threads)
     step("importing")
     imported = import_onnx(model, shapes=shapes, verify=False)
@@ -190,32 +130,44 @@ def plan_model(
     if data is None and model_sha256(imported) == file_sha256(reference_model_path()):
         data = embedded_images()
     metric = metric or ("l1" if data is None else OUTPUT)
+    how = chosen_method(how, data)
+    constraints = constraints or Constraints()
+    if tie_channels:
+        constraints = constraints.with_ties(tied_layers(imported.module))
+    _check_request(imported, goal, costs, grid, include, exclude, metric, constraints, data, trials)
     table = cost_table(
         *(imported, chosen, costs, grid),
         include=include,
         exclude=exclude,
         tuned=tuned,
         seconds=seconds,
+        early=goal.check_reachable,
         progress=step,
     )
-    if metric not in table.metrics:
-        table = with_importance(imported, table, metric, data, step)
-        if costs is not None and not isinstance(costs, CostTable):
-            table.save(costs)
-    step("planning")
-    planner = Planner(table, metric, constraints)
-    solution = goal.solve(planner)
-    search = None
-    if trials:
-        search = _search(imported, table, metric, goal, data, constraints, trials, step)
-        table, metric, solution = search.table, "search", search.solution
+    with ExitStack() as stack:
+        calibration: Calibration | None = None
+        if data is not None and (metric == OUTPUT or trials):
+            folder = reconstruction or stack.enter_context(TemporaryDirectory(prefix="tvm-nm-pruned-"))
+            calibration = calibrate(imported, table, data, how, folder, step)
+        if metric not in table.metrics or (metric == OUTPUT and calibration and calibration.origin != table.calibrated):
+            table = with_importance(imported, table, metric, calibration, step)
+            if costs is not None and not isinstance(costs, CostTable):
+                table.save(costs)
+        step("planning")
         planner = Planner(table, metric, constraints)
+        solution = goal.solve(planner)
+        search = None
+        if trials:
+            assert calibration is not None
+            search = _search(table, metric, goal, calibration, constraints, trials, step)
+            table, metric, solution = search.table, "search", search.solution
+            planner = Planner(table, metric, constraints)
     front, uniform, dense_us = planner.front(), uniform_points(table, metric), table.dense_us
     budget_us = solution.time_us if goal.max_loss is not None else goal.budget_us(table)
     plan = make_plan(table, solution, metric, budget_us)
     loop = None
     if rounds and not _is_dense(table, solution):
-        _check_measurable(chosen)
+        check_measurable(chosen)
         with TemporaryDirectory(prefix="tvm-nm-plan-") as folder:
             loop = close_loop(
                 imported,
@@ -235,118 +187,53 @@ def plan_model(
     return Planned(plan, table, metric, budget_us, dense_us, front, uniform, loop, search)
 
 
-def cost_table(
+def _check_request(
     imported: ImportedModel,
-    target: tvm.target.Target,
-    costs: str | os.PathLike[str] | CostTable | None = None,
-    grid: CandidateGrid | None = None,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    tuned: TunedKernels | None = None,
-    seconds: float = 20.0,
-    progress: Callable[[str], None] | None = None,
-) -> CostTable:
-    """Return a cost table for a model: the given one, with what it lacks measured; see `plan_model`."""
-    table = costs if isinstance(costs, CostTable) else None
-    path = None if costs is None or isinstance(costs, CostTable) else Path(costs)
-    if path is not None and path.exists():
-        table = CostTable.load(path)
-    if table is not None:
-        made_for = {
-            "structure": table.structure,
-            "model": table.model,
-            "model_sha256": table.model_sha256,
-            "target": table.target,
-            "threads": table.threads,
-        }
-        check_match("the cost table", made_for, inventory(imported.module), model_sha256(imported), target)
-        if table.revision != TEMPLATE_REVISION:
-            raise PlanError(
-                f"the cost table was measured with revision {table.revision} of the kernels and this is revision "
-                f"{TEMPLATE_REVISION}; measure again"
-            )
-        known = {str(candidate.pattern) for layer in table.layers for candidate in layer.candidates}
-        if grid is None or known >= {str(pattern) for pattern in grid.patterns}:
-            return table
-        patterns = tuple(pattern for pattern in grid.patterns if str(pattern) not in known)
-        grid = dataclasses.replace(grid, patterns=patterns)
-    _check_measurable(target)
-    found = measure_costs(
-        imported, target, grid, include=include, exclude=exclude, tuned=tuned, seconds=seconds, progress=progress
-    )
-    table = found if table is None else merge_tables(table, found)
-    table = with_importance(imported, table, "l1")
-    if path is not None:
-        table.save(path)
-    return table
-
-
-def with_importance(
-    imported: ImportedModel,
-    table: CostTable,
+    goal: Goal,
+    costs: str | os.PathLike[str] | CostTable | None,
+    grid: CandidateGrid | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
     metric: str,
-    data: CalibrationImages | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> CostTable:
-    """Add an importance metric to a table.
-
-    Raises
-    ------
-    PlanError
-        If there is no such metric, or it needs calibration data and there are none.
-    """
-    if metric not in (*NORMS, OUTPUT):
-        raise PlanError(f"there is no importance metric {metric!r}; there are {', '.join((*NORMS, OUTPUT))}")
-    groups = {layer.name: layer.groups for layer in inventory(imported.module)}
-    weights = layer_weights(imported.module)
-    table = add_norms(table, weights, groups)
-    if metric != OUTPUT:
-        return table
-    if data is None:
-        raise PlanError("the importance metric 'output' needs calibration images; give --calib")
-    network = PerturbedNetwork(imported.onnx, [layer.name for layer in table.layers if layer.can_be_pruned])
-    return add_output_errors(table, network, _first_images(data), weights, groups, progress=progress)
+    constraints: Constraints,
+    data: CalibrationImages | None,
+    trials: int,
+) -> None:
+    """Refuse what cannot be planned before minutes are spent on building and measuring."""
+    layers = inventory(imported.module)
+    constraints.check_names([layer.name for layer in layers])
+    if trials and data is None:
+        raise PlanError("the search needs calibration images; give --calib")
+    if trials and goal.max_loss is not None:
+        raise PlanError("the search needs a time budget, not a largest loss; give --budget or --speedup")
+    if costs is not None and (isinstance(costs, CostTable) or Path(costs).exists()):
+        return  # it may have what is missing here
+    if metric == OUTPUT and data is None:
+        raise PlanError(NEEDS_IMAGES)
+    grid = grid or CandidateGrid.make()
+    lowest = min(min(grid.of(pattern)) for pattern in grid.patterns)
+    pruned = set(prunable_layers(layers, include, exclude))
+    least = sum(layer.macs * (lowest if layer.name in pruned else 1.0) for layer in layers)
+    goal.check_work(round(least), sum(layer.macs for layer in layers))
 
 
 def _search(
-    imported: ImportedModel,
     table: CostTable,
     metric: str,
     goal: Goal,
-    data: CalibrationImages | None,
-    constraints: Constraints | None,
+    calibration: Calibration,
+    constraints: Constraints,
     trials: int,
     step: Callable[[str], None],
 ) -> SearchResult:
-    if data is None:
-        raise PlanError("the search needs calibration images; give --calib")
-    network = PerturbedNetwork(imported.onnx, [layer.name for layer in table.layers if layer.can_be_pruned])
-    groups = {layer.name: layer.groups for layer in inventory(imported.module)}
-    source = MagnitudeWeights(network, layer_weights(imported.module), groups)
     macs = max(1, sum(layer.macs for layer in table.layers))
-    images = _first_images(data)[: int(np.clip(_SEARCH_MACS / macs / trials, 16, 256))]
-    budget_us = goal.budget_us(table)
+    images = calibration.images[: int(np.clip(_SEARCH_MACS / macs / trials, 16, 256))]
     return search_plan(
-        table, metric, budget_us, network, images, source, constraints=constraints, trials=trials, progress=step
+        *(table, metric, goal.budget_us(table), calibration.network, images, calibration.source),
+        constraints=constraints,
+        trials=trials,
+        progress=step,
     )
-
-
-def _first_images(data: CalibrationImages) -> NDArray[np.float32]:
-    parts: list[NDArray[np.float32]] = []
-    for batch in data.batches(16):
-        parts.append(batch)
-        if len(parts) * 16 >= MOST_IMAGES:
-            break
-    return np.concatenate(parts)
-
-
-def _check_measurable(target: tvm.target.Target) -> None:
-    if missing := missing_features(*processor(target)):
-        raise EnvironmentMismatchError(
-            f"the target needs {', '.join(missing)}, which this machine lacks, so nothing can be measured here; plan "
-            "on such a machine, or give --costs and --rounds 0"
-        )
 
 
 def _is_dense(table: CostTable, solution: Solution) -> bool:

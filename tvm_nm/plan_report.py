@@ -17,9 +17,17 @@ from tvm_nm.plan import LayerChoice, Plan, PlanOrigin
 from tvm_nm.plan_check import PlanDifference
 
 if TYPE_CHECKING:
-    from tvm_nm.plan_model import Planned
+    from tvm_nm.planned import Planned
 
-__all__ = ["choice_label", "difference_table", "origin_differences", "plan_summary", "plan_table", "plot_front"]
+__all__ = [
+    "check_plot",
+    "choice_label",
+    "difference_table",
+    "origin_differences",
+    "plan_summary",
+    "plan_table",
+    "plot_front",
+]
 
 _FORMATS = ("svg", "png", "html")
 
@@ -103,6 +111,19 @@ def origin_differences(before: PlanOrigin | None, after: PlanOrigin | None) -> l
     ]
 
 
+def check_plot(path: str | os.PathLike[str]) -> str:
+    """Return the kind of plot that a file's suffix asks for; raises `PlanError` as `plot_front`."""
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in _FORMATS:
+        raise PlanError(f"a plot is written as .svg, .png or .html, not as {os.fspath(path)!r}")
+    try:
+        import matplotlib.backends.backend_svg
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise PlanError(f"plots need Matplotlib ({error}); run: pip install 'tvm-nm[plot]'") from error
+    return kind
+
+
 def plot_front(front: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw time against loss: the front, one density for all, the dense network and the plan that was chosen.
 
@@ -120,14 +141,10 @@ def plot_front(front: dict[str, Any], path: str | os.PathLike[str]) -> None:
     ArtifactError
         If the file cannot be written.
     """
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in _FORMATS:
-        raise PlanError(f"a plot is written as .svg, .png or .html, not as {os.fspath(path)!r}")
-    try:
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlanError(f"plots need Matplotlib ({error}); run: pip install 'tvm-nm[plot]'") from error
+    kind = check_plot(path)
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm_nm.constraints import LayerRule, parse_budget, speedup_budget
 from tvm_nm.costs import CostTable
-from tvm_nm.errors import PlanError
+from tvm_nm.errors import InfeasibleBudgetError, PlanError
 from tvm_nm.plan import LayerChoice, Plan, PlanOrigin, near_names
 from tvm_nm.planner import FrontPoint, Planner, Solution
 
@@ -32,7 +33,7 @@ class Goal:
     Raises
     ------
     PlanError
-        If none or several are given.
+        If none or several are given, or the one is no budget whatever the times.
     """
 
     budget: str | None = None
@@ -43,6 +44,10 @@ class Goal:
         given = [value for value in (self.budget, self.speedup, self.max_loss) if value is not None]
         if len(given) != 1:
             raise PlanError("a plan needs exactly one of --budget, --speedup and --max-loss")
+        if self.max_loss is None:
+            self._budget_us(1.0)
+        elif not (math.isfinite(self.max_loss) and self.max_loss >= 0):
+            raise PlanError(f"largest loss {self.max_loss:g} is not a number from 0")
 
     def solve(self, planner: Planner) -> Solution:
         """Return the plan that achieves it.
@@ -62,13 +67,65 @@ class Goal:
         Raises
         ------
         PlanError
-            If it cannot be read; always for a `max_loss`.
+            Always for a `max_loss`.
         """
+        return self._budget_us(table.dense_us)
+
+    def _budget_us(self, dense_us: float) -> float:
         if self.speedup is not None:
-            return speedup_budget(self.speedup, table.dense_us)
+            return speedup_budget(self.speedup, dense_us)
         if self.budget is None:
             raise PlanError("a plan for a loss has no time budget")
-        return parse_budget(self.budget, table.dense_us)
+        return parse_budget(self.budget, dense_us)
+
+    def check_reachable(self, least_us: float, dense_us: float) -> None:
+        """Refuse a time budget that is evidently out of reach, before the rest is built and measured.
+
+        Parameters
+        ----------
+        least_us, dense_us
+            First estimates of the least time that any plan takes, and of the dense network's.
+
+        Raises
+        ------
+        InfeasibleBudgetError
+            If the budget is a fifth less than the least time.
+        """
+        if self.max_loss is not None:
+            return
+        budget_us = self._budget_us(dense_us)
+        if budget_us < 0.8 * least_us:
+            raise InfeasibleBudgetError(
+                f"the budget of {budget_us / 1e3:.3g} ms ({budget_us / dense_us:.1%} of the dense time) is out of "
+                f"reach: with every layer at its lowest density the network takes about {least_us / 1e3:.3g} ms "
+                f"({least_us / dense_us:.0%}); allow lower densities or raise the budget",
+                least_us,
+            )
+
+    def check_work(self, least: int, dense: int) -> None:
+        """Refuse a share of the dense time that is absurd for the work that is left, before anything is built.
+
+        Parameters
+        ----------
+        least, dense
+            Multiply-accumulates of the sparsest plan and of the dense network.
+
+        Raises
+        ------
+        InfeasibleBudgetError
+            If the share is less than half of the share of the work: kernels for so little do not become faster.
+        """
+        if self.max_loss is not None:
+            return
+        share = self._budget_us(1.0)
+        if share != self._budget_us(2.0) / 2:
+            return  # a time, of which nothing is known before the dense network is measured
+        if 2 * share * dense < least:
+            raise InfeasibleBudgetError(
+                f"the budget of {share:.2%} of the dense time is out of reach: with every layer at its lowest "
+                f"density {least / dense:.1%} of the multiply-accumulates are left; allow lower densities, prune more "
+                "layers (--include) or raise the budget"
+            )
 
 
 @dataclass(frozen=True, slots=True)

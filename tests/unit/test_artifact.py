@@ -85,8 +85,8 @@ def test_macs_are_summed_over_layers() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": "plan"}, "is not of an artefact"),
-        ({"version": 99}, "format version 99"),
+        ({"format": "plan"}, "is not a manifest of an artefact"),
+        ({"version": 99}, "of version 99"),
         ({"threads": "2"}, "'threads'"),
         ({"threads": True}, "'threads'"),
         ({"threads": None}, "'threads'"),

@@ -11,31 +11,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from command_line import fails, run
 from models import small_cnn
 from onnx import numpy_helper
 
 import tvm_nm
 from tvm_nm import demo
 from tvm_nm.artifact import LIBRARY, REPORT
-from tvm_nm.cli import cli
 from tvm_nm.manifest import MANIFEST
 from tvm_nm.pruning import PruneRequest
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
-def fails(*arguments: str | Path) -> str:
-    """Run what has to fail as users should see it, and return the line."""
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert not result.stdout
-    *steps, error = result.stderr.splitlines()
-    assert all(step.endswith(" ...") for step in steps)
-    assert error.startswith("error: ")
-    return error.removeprefix("error: ")
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from command_line import fails, run
 from models import Net, small_cnn
 
-from tvm_nm.cli import cli
 from tvm_nm.compiler import model_sha256, resolve_target
 from tvm_nm.cost_measure import TEMPLATE_REVISION
 from tvm_nm.costs import Candidate, CostTable, LayerCosts
@@ -26,17 +26,6 @@ from tvm_nm.patterns import Dense, OneByN, SparsityPattern
 from tvm_nm.plan import Plan, prunable_layers
 
 
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
-def fails(*arguments: str | Path) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert not result.stdout
-    return result.stderr.splitlines()[-1].removeprefix("error: ").removeprefix("Error: ")
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "small.onnx"
@@ -44,20 +33,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def costs(model: Path) -> Path:
-    """A cost table with made-up times: 10 us and 100 us for all of the weights."""
+def made_up_costs(model: Path, time_us: Callable[[str, int, float], float], blocks: Sequence[int] = (4,)) -> Path:
+    """A cost table with made-up times, of a layer by its name, the N of 1xN (1 for dense) and the density."""
     imported = import_onnx(model, verify=False)
     layers = inventory(imported.module)
     prunable = prunable_layers(layers)
 
-    def candidate(pattern: SparsityPattern, density: float) -> Candidate:
-        return Candidate(pattern, density, 100 * density + 10, macs=round(1e4 * density), bytes=round(4e4 * density))
+    def candidate(name: str, n: int, density: float) -> Candidate:
+        pattern: SparsityPattern = OneByN(n) if n > 1 else Dense()
+        macs, size = round(1e4 * density), round(4e4 * density)
+        return Candidate(pattern, density, time_us(name, n, density), macs=macs, bytes=size)
 
     costs = []
     for layer in layers:
-        sparse = [candidate(OneByN(4), density) for density in (0.75, 0.5, 0.25)] if layer.name in prunable else []
-        candidates = (candidate(Dense(), 1.0), *sparse)
+        options = [(n, density) for n in blocks for density in (0.75, 0.5, 0.25)] if layer.name in prunable else []
+        candidates = tuple(candidate(layer.name, n, density) for n, density in [(1, 1.0), *options])
         costs.append(LayerCosts(layer.name, layer.kind, "", "", layer.macs, candidates))
     target = resolve_target(None, 1)
     table = CostTable(
@@ -73,6 +63,12 @@ def costs(model: Path) -> Path:
     path = model.parent / "costs.json"
     add_norms(table, layer_weights(imported.module), {}).save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def costs(model: Path) -> Path:
+    """10 us and 100 us for all of the weights."""
+    return made_up_costs(model, lambda _name, _n, density: 100 * density + 10)
 
 
 def test_costs_are_measured_once_and_kept(model: Path, tmp_path: Path) -> None:
@@ -175,9 +171,13 @@ def test_calibrated_errors_and_search(model: Path, costs: Path, tmp_path: Path) 
     calib = tmp_path / "calib.npy"
     np.save(calib, np.random.default_rng(0).standard_normal((16, 3, 16, 16)).astype(np.float32))
     common = ("plan", model, "--costs", own, "--budget", "0.8", "--plan-rounds", "0", "--threads", "1")
-    result = run(*common, "--calib", calib, "--search", "--trials", "6", "-o", tmp_path / "plan.json")
+    folder = tmp_path / "pruned"
+    searched = (*common, "--calib", calib, "--search", "--trials", "6", "-o", tmp_path / "plan.json")
+    result = run(*searched, "--reconstruction", folder)
     assert result.exit_code == 0, result.output
     assert "perturbing layers" in result.stderr
+    assert "pruning to all candidates" in result.stderr
+    assert len(list(folder.glob("*.npz"))) == 6
     assert "search     divergence from the dense network" in result.stdout
     origin = Plan.load(tmp_path / "plan.json").origin
     assert origin is not None
@@ -187,8 +187,86 @@ def test_calibrated_errors_and_search(model: Path, costs: Path, tmp_path: Path) 
     again = run(*common, "--metric", "output", "-o", tmp_path / "plan.json")
     assert again.exit_code == 0, again.output
     assert "perturbing" not in again.stderr
+    again = run(*searched, "--reconstruction", folder)
+    assert "perturbing" not in again.stderr
+    assert "pruning" not in again.stderr
+    other = run(*searched, "--method", "magnitude")  # other weights have other losses
+    assert other.exit_code == 0, other.output
+    assert "perturbing layers" in other.stderr
+    assert "pruning" not in other.stderr
     assert "give --calib" in fails(*common[:3], costs, *common[4:], "--metric", "output")
     assert "give --calib" in fails(*common, "--search")
+
+
+def test_compile_prunes_in_sequence_or_stitches(model: Path, costs: Path, tmp_path: Path) -> None:
+    calib = tmp_path / "calib.npy"
+    np.save(calib, np.random.default_rng(0).standard_normal((16, 3, 16, 16)).astype(np.float32))
+    own = tmp_path / "costs.json"
+    own.write_bytes(costs.read_bytes())
+    common = ("--calib", calib, "--reconstruction", tmp_path / "pruned", "--threads", "1")
+    goal = ("--budget", "0.8", "--costs", own, "--plan-rounds", "0")
+    result = run("compile", model, "-o", tmp_path / "a", *common, *goal)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "pruned").glob("*.npz"))) == 6
+    result = run("compile", model, "-o", tmp_path / "b", *common, *goal, "--stitch")
+    assert result.exit_code == 0, result.output
+    assert "pruning to all candidates" not in result.stderr  # all of it is in the folder
+    first, second = (Manifest.load(tmp_path / name) for name in "ab")
+    assert [(a.pattern, a.density) for a in first.layers] == [(a.pattern, a.density) for a in second.layers]
+    assert first.library_sha256 != second.library_sha256
+    assert all(manifest.verification is not None for manifest in (first, second))
+    plan = tmp_path / "plan.json"
+    assert run("plan", model, *common, *goal, "-o", plan).exit_code == 0
+    assert run("compile", model, "-o", tmp_path / "c", *common, "--plan", plan, "--stitch").exit_code == 0
+    assert Manifest.load(tmp_path / "c").library_sha256 == second.library_sha256
+    assert "--stitch needs --reconstruction" in fails("compile", model, "--plan", plan, "--stitch")
+    assert "goes with a budget or with --stitch" in fails("compile", model, "--plan", plan, *common[2:])
+    said = fails("compile", model, "--plan", plan, *common[2:], "--stitch")
+    assert "needs calibration data" in said
+
+
+def test_what_cannot_work_is_refused_before_anything_is_built(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    plan = ("plan", model, "--costs", path, "--threads", "1")
+
+    def refused(*arguments: str | Path) -> str:
+        result = run(*plan, *arguments)
+        assert result.exit_code == 2, result.output
+        assert "building" not in result.stderr
+        assert not path.exists()
+        return result.stderr.splitlines()[-1]
+
+    assert "budget '0.0001x' is neither" in refused("--budget", "0.0001x")
+    assert "speed-up 0 is not" in refused("--speedup", "0")
+    assert "largest loss -1" in refused("--max-loss", "-1")
+    assert "the budget of 1.00% of the dense time is out of reach" in refused("--speedup", "100")
+    assert "give --calib" in refused("--budget", "0.5", "--metric", "output")
+    assert "give --calib" in refused("--budget", "0.5", "--search")
+    assert "no layer matches 'nothing'" in refused("--budget", "0.5", "--max-density", "nothing=0.5")
+    assert "not as" in refused("--budget", "0.5", "--plot", "a.pdf")
+    # What the sparsest builds say is known before the others are built.
+    result = run(*plan, "--budget", "0.001us", "--measure-seconds", "0")
+    assert result.exit_code == 2, result.output
+    assert "out of reach: with every layer at its lowest density" in result.stderr
+    assert "building 3 of 11" in result.stderr
+    assert "building 4" not in result.stderr
+
+
+def test_tied_channels(tmp_path: Path) -> None:
+    net = Net((1, 3, 8, 8))
+    x = net.conv("input", (8, 3, 1, 1))
+    for _ in range(2):
+        x = net.add("Relu", net.add("Add", net.conv(x, (8, 8, 3, 3), pads=[1, 1, 1, 1]), x))
+    path, output = tmp_path / "net.onnx", tmp_path / "plan.json"
+    onnx.save(net.model(net.conv(x, (4, 8, 1, 1))), path)
+    imported = import_onnx(path, verify=False)
+    names = [layer.name for layer in inventory(imported.module)]
+    made = made_up_costs(path, lambda name, n, d: 10 + 100 * d + (5 if (name == names[1]) == (n == 4) else 0), (4, 2))
+    common = ("plan", path, "--costs", made, "--budget", "0.7", "--plan-rounds", "0", "--threads", "1", "-o", output)
+    assert run(*common).exit_code == 0
+    assert len({str(choice.pattern) for choice in Plan.load(output).layers}) == 2
+    assert run(*common, "--tie-channels").exit_code == 0
+    assert len({str(choice.pattern) for choice in Plan.load(output).layers}) == 1
 
 
 def test_diff(model: Path, costs: Path, tmp_path: Path) -> None:

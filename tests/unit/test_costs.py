@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from cost_tables import table
 
-from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource, interpolate_times, merge_tables
+from tvm_nm.cost_merge import interpolate_times, merge_tables
+from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource
 from tvm_nm.errors import ArtifactError, PlanError
 from tvm_nm.patterns import NM, Dense, OneByN
 

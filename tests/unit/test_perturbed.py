@@ -14,10 +14,11 @@ from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.importance import add_norms
 from tvm_nm.inventory import inventory, layer_weights
-from tvm_nm.output_error import OUTPUT, add_output_errors, probe_candidates
+from tvm_nm.output_error import OUTPUT, _errors, add_output_errors, divergence_curve, probe_candidates
 from tvm_nm.patterns import Dense, OneByN
 from tvm_nm.perturbed import LayerParameters, MagnitudeWeights, PerturbedNetwork, kl_divergence
 from tvm_nm.plan import LayerChoice, Plan
+from tvm_nm.plan_calibration import Calibration
 from tvm_nm.plan_search import search_plan, stitched_divergence
 from tvm_nm.planner import Planner
 from tvm_nm.prune_onnx import prune_onnx
@@ -121,46 +122,83 @@ def test_divergence() -> None:
     assert kl_divergence(probabilities, other) == pytest.approx(want, rel=1e-6)
 
 
-def test_output_errors_are_shares_of_the_output(imported: ImportedModel, images: np.ndarray) -> None:
+def calibration(imported: ImportedModel, network: PerturbedNetwork, images: np.ndarray) -> Calibration:
+    return Calibration(images, network, MagnitudeWeights(network, layer_weights(imported.module), {}), "magnitude")
+
+
+def test_losses_are_divergences_of_one_layer_alone(imported: ImportedModel, images: np.ndarray) -> None:
     network = open_network(imported)
-    weights = layer_weights(imported.module)
-    table = add_output_errors(costs(imported), network, images, weights, {})
+    given = calibration(imported, network, images)
+    table = add_output_errors(costs(imported), given)
     assert table.metrics == ("l1", "l2", OUTPUT)
+    assert table.calibrated == "magnitude"
     assert sum(layer.sensitivity[OUTPUT] for layer in table.layers) == pytest.approx(1)
-    first, second, third, classifier = table.layers
+    *convs, classifier = table.layers
     assert classifier.sensitivity[OUTPUT] == 0
-    for layer in (first, second, third):
+    for layer in convs:
         errors = [candidate.errors[OUTPUT] for candidate in layer.candidates]
         assert errors[0] == 0
         assert errors == sorted(errors)
-        assert layer.sensitivity[OUTPUT] > 0
-    # The first convolution by hand: its input is the image.
-    name = first.name
-    source = MagnitudeWeights(network, weights, {})
-    dense = network.weight(name)
-    run = network.layer_runner(name)
-    half = first.find(OneByN(4), 0.5)
+        assert errors[-1] == pytest.approx(1)
+    # Every candidate is measured here, so ratios of losses are those of divergences.
+    dense = network.run(images)
+
+    def divergence(name: str, density: float) -> float:
+        return kl_divergence(dense, network.run(images, {name: given.source.parameters(name, OneByN(4), density)}))
+
+    first, second = convs[:2]
+    half, quarter = first.find(OneByN(4), 0.5), second.find(OneByN(4), 0.25)
     assert half is not None
-    output, pruned = run(images, dense), run(images, source.parameters(name, OneByN(4), 0.5).weight)
-    share = float(((output - pruned) ** 2).sum() / (output**2).sum())
-    assert half.errors[OUTPUT] == pytest.approx(share / (1 - share), rel=1e-3)
+    assert quarter is not None
+    want = divergence(first.name, 0.5) / divergence(second.name, 0.25)
+    assert first.loss(half, OUTPUT) / second.loss(quarter, OUTPUT) == pytest.approx(want, rel=1e-3)
+
+
+def test_errors_count_the_bias(imported: ImportedModel, images: np.ndarray) -> None:
+    network = open_network(imported)
+    table = costs(imported, (0.5,))
+    layer = table.layers[0]
+    dense = network.parameters(layer.name)
+    assert dense.bias is not None
+    bias = dense.bias + np.float32(0.25)
+
+    class Shifted:
+        def parameters(self, *_: object) -> LayerParameters:
+            return LayerParameters(dense.weight, bias)
+
+    (errors,) = _errors([layer], network, images, Shifted(), lambda _: None).values()
+    output = network.layer_runner(layer.name)(images, dense.weight)
+    change = 0.25**2 * output.size / len(images)
+    variance = np.square(output - output.mean((0, 2, 3), keepdims=True)).sum() / len(images)
+    assert errors == [0.0, pytest.approx(change / variance, rel=0.05)]  # the variance is that within batches
 
 
 def test_layers_that_cannot_be_replaced_get_their_norm(imported: ImportedModel, images: np.ndarray) -> None:
     names = [layer.name for layer in inventory(imported.module)]
     network = PerturbedNetwork(imported.onnx, names[:2], 1)
-    table = add_output_errors(costs(imported), network, images[:8], layer_weights(imported.module), {})
+    table = add_output_errors(costs(imported), calibration(imported, network, images[:8]))
     third = table.layers[2]
     assert [c.errors[OUTPUT] for c in third.candidates] == [c.errors["l2"] for c in third.candidates]
     measured = [layer.sensitivity[OUTPUT] for layer in table.layers[:2]]
     assert third.sensitivity[OUTPUT] == pytest.approx(np.mean(measured))
 
 
-def test_probes_are_near_a_small_and_a_larger_error(imported: ImportedModel) -> None:
-    layer = costs(imported).layers[1]
-    assert probe_candidates(layer, [0.0, 0.02, 0.12, 0.5]) == [2, 3]
-    assert probe_candidates(layer, [0.0, 0.2, 3.0, 9.0]) == [1]
-    assert probe_candidates(layer, [0.0, 0.0, 0.0, 0.0]) == []
+def test_probes_are_ends_and_what_lies_between_of_each_pattern() -> None:
+    densities = (0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0625)
+    sparse = [Candidate(OneByN(n), d, 1.0) for n in (4, 16) for d in densities]
+    layer = LayerCosts("a", "conv", "", "", 1, (Candidate(Dense(), 1.0, 1.0), *sparse))
+    assert probe_candidates(layer) == (1, 3, 5, 7, 8, 10, 12, 14)
+    assert probe_candidates(dataclasses.replace(layer, candidates=layer.candidates[:3])) == (1, 2)
+    assert probe_candidates(dataclasses.replace(layer, candidates=layer.candidates[:1])) == ()
+
+
+def test_divergences_between_and_beside_those_measured() -> None:
+    points = [(0.01, 0.001), (0.1, 0.1)]  # the square
+    found = divergence_curve(points, [0.0, 0.01, 0.02, 0.05, 0.1, 0.005, 0.4])
+    assert found == pytest.approx([0.0, 0.001, 0.004, 0.025, 0.1, 0.0005, 0.8])
+    noisy = divergence_curve([(0.01, 0.02), (0.02, 0.01), (0.04, 0.05)], [0.01, 0.015, 0.02, 0.04])
+    assert noisy == pytest.approx([0.02, 0.02, 0.02, 0.05])
+    assert divergence_curve([(0.1, 0.0)], [0.0, 0.1]) == pytest.approx([0.0, 0.0], abs=1e-8)
 
 
 def test_search_never_gets_worse_and_meets_the_budget(imported: ImportedModel, images: np.ndarray) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from cost_tables import METRIC, table
 
@@ -39,6 +41,41 @@ def test_goals_agree_with_each_other() -> None:
         Goal(speedup=3.0).solve(planner)
     with pytest.raises(PlanError, match="no time budget"):
         Goal(max_loss=0.1).budget_us(COSTS)
+
+
+@pytest.mark.parametrize(
+    ("goal", "says"),
+    [
+        ({"budget": "0.0001x"}, "budget '0.0001x' is neither a share of the dense time"),
+        ({"budget": "1.2"}, "more than the dense time"),
+        ({"budget": "-3ms"}, "neither a share"),
+        ({"budget": "0"}, "neither a share"),
+        ({"speedup": 0.5}, "speed-up 0.5 is not a number from 1"),
+        ({"speedup": float("nan")}, "speed-up nan"),
+        ({"max_loss": -0.1}, "largest loss -0.1 is not a number from 0"),
+        ({"max_loss": float("inf")}, "largest loss inf"),
+    ],
+)
+def test_goals_that_are_none_are_refused_at_once(goal: dict[str, Any], says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        Goal(**goal)
+
+
+def test_budgets_out_of_reach_are_refused_by_the_first_measurements() -> None:
+    for goal in (Goal(budget="30us"), Goal(budget="0.15"), Goal(speedup=200 / 31)):
+        with pytest.raises(InfeasibleBudgetError, match=r"15\.\d% of the dense time.* about 0.04 ms \(20%\)") as error:
+            goal.check_reachable(40.0, 200.0)
+        assert error.value.least_us == 40
+    for goal in (Goal(budget="33us"), Goal(budget="0.165"), Goal(speedup=6.0), Goal(max_loss=0.0)):
+        goal.check_reachable(40.0, 200.0)
+
+
+def test_budgets_that_are_absurd_are_refused_by_the_work_that_is_left() -> None:
+    for goal in (Goal(budget="0.04"), Goal(budget="4%"), Goal(speedup=25.0)):
+        with pytest.raises(InfeasibleBudgetError, match=r"budget of 4.00% .* 10.0% of the multiply-accumulates"):
+            goal.check_work(100, 1000)
+    for goal in (Goal(budget="0.06"), Goal(speedup=15.0), Goal(budget="1us"), Goal(max_loss=0.0)):
+        goal.check_work(100, 1000)
 
 
 def test_a_plan_names_what_can_be_pruned_and_says_where_it_is_from() -> None:

@@ -189,7 +189,7 @@ def edit(artefact: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"version": 99}, ArtifactError, "format version 99"),
+        ({"version": 99}, ArtifactError, "of version 99"),
         ({"versions": {"apache-tvm": "0.26.0"}}, EnvironmentMismatchError, "built by TVM 0.26.0 and this is TVM 0.27"),
         ({"architecture": "riscv64"}, EnvironmentMismatchError, "this machine lacks riscv64"),
         (

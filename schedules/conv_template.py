@@ -31,12 +31,15 @@ from tvm_nm.schedules.conv import CONV_RULE
 from tvm_nm.schedules.decisions import choose
 from tvm_nm.schedules.geometry import CopyScope
 from tvm_nm.schedules.prefetch import PREFETCH
+from tvm_nm.schedules.weight_stream import STREAM
 
 __all__ = ["schedule_conv", "schedule_pad"]
 
 # A kernel of up to this many taps is unrolled whole; of larger ones, only a row.
 _MAX_UNROLLED_TAPS = 25
 _MOST_ACCUMULATORS = 28
+# More pixels read the weights so often that it does not matter how they came the first time.
+_FEW_PIXELS = 1024
 
 
 def _divisors(number: int, largest: int) -> list[int]:
@@ -59,6 +62,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     copy_scope = list(CopyScope)[_attribute(sch, sums, "tvm_nm_copy_scope")]
     oc_tile, vectors, lanes = (int(sch.get(loop).extent) for loop in sch.get_loops(sums)[5:8])
     block_rows = int(sch.get(sch.get_loops(sums)[3]).extent)
+    streaming = int(sch.get(sch.get_loops(sums)[1]).extent) * vectors * lanes <= _FEW_PIXELS
     default_vectors = _attribute(sch, sums, "tvm_nm_vectors_per_tile")
     default_rows = _attribute(sch, sums, "tvm_nm_rows_per_task")
 
@@ -85,11 +89,11 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     producers = {sch.get(producer).name_hint: producer for producer in sch.get_producers(sums)}
     if _attribute(sch, sums, "tvm_nm_store_from_registers"):
         panels = copy_scope is CopyScope.CHUNK
-        tile = _store_from_registers(sch, sums, out, (channel, x), oc_tile, vectors_per_tile, panels=panels)
+        tile = _store_from_registers(sch, sums, out, (channel, x), oc_tile, vectors_per_tile, panels, streaming)
     elif _attribute(sch, sums, "tvm_nm_kept_per_block"):
         tile = _accumulate_in_scratch(sch, sums, task, vectors_per_tile)
     else:
-        tile = _accumulate_in_registers(sch, sums, task, vectors_per_tile)
+        tile = _accumulate_in_registers(sch, sums, task, vectors_per_tile, streaming)
     if "pad" in producers:
         producers |= {sch.get(producer).name_hint: producer for producer in sch.get_producers(producers["pad"])}
         if copy_scope is CopyScope.TILE:
@@ -110,8 +114,8 @@ def _store_from_registers(
     loops: tuple[Any, Any],
     oc_tile: int,
     vectors_per_tile: Any,
-    *,
     panels: bool,
+    streaming: bool,
 ) -> Any:
     """Sum a register tile and store it through the epilogue; output rows of whole vectors need no scratch.
 
@@ -130,11 +134,11 @@ def _store_from_registers(
     sch.unroll(o)
     sch.compute_at(sums, outer[1], preserve_unit_loops=True)
     sch.set_scope(sums, 0, "local")
-    _order_micro_kernel(sch, sums, prefetching=oc_tile if panels else 0)
+    _order_micro_kernel(sch, sums, streaming, prefetching=oc_tile if panels else 0)
     return tile_outer
 
 
-def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any) -> Any:
+def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_per_tile: Any, streaming: bool) -> Any:
     """Sum a register tile over the whole reduction, then flush it to the task's scratch."""
     flush = sch.cache_write(sums, 0, "local")
     sch.compute_at(flush, task, preserve_unit_loops=True)
@@ -146,15 +150,15 @@ def _accumulate_in_registers(sch: s_tir.Schedule, sums: Any, task: Any, vectors_
     sch.unroll(o)
 
     sch.compute_at(sums, tile, preserve_unit_loops=True)
-    _order_micro_kernel(sch, sums)
+    _order_micro_kernel(sch, sums, streaming)
     return tile_outer
 
 
-def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, *, prefetching: int = 0) -> None:
+def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, streaming: bool, *, prefetching: int = 0) -> None:
     """Put the reduction outside of the register tile and unroll the tile.
 
     The lines that the epilogue of `prefetching` channels touches are fetched meanwhile, in as many equal parts of the
-    reduction as divide them.
+    reduction as divide them, and, if `streaming`, so are weights.
     """
     taps = _attribute(sch, sums, "tvm_nm_taps")
     loops = sch.get_loops(sums)
@@ -170,6 +174,9 @@ def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, *, prefetching: int = 0)
     sch.unroll(vector)
     sch.unroll(o)
     _unroll_taps(sch, reduction[-3:], taps)
+    kept = reduction[-3] if taps else reduction[-1]
+    if streaming and taps <= _MAX_UNROLLED_TAPS and int(sch.get(kept).extent) > 1:
+        sch.annotate(kept, STREAM, max(taps, 1) * int(sch.get(o).extent))
     sch.decompose_reduction(sums, reduction[0])
 
 

@@ -30,6 +30,7 @@ from tvm import s_tir, te, tirx
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights
+from tvm_nm.schedules.weight_stream import STREAM
 from tvm_nm.workload import Epilogue
 
 __all__ = ["FcKernel", "choose_fc_kernel", "fc_prim_func", "pack_fc", "schedule_fc"]
@@ -195,5 +196,6 @@ def schedule_fc(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     sch.vectorize(lane1)
     sch.unroll(v1)
     sch.unroll(n1)
+    sch.annotate(kept, STREAM, block)
     sch.decompose_reduction(sums, kept)
     return [sch]

@@ -25,13 +25,19 @@ CHECKS = (
     ("-m", "pytest", "-m", "not slow", "--durations=10"),
 )
 
+# Without CUDA a tenth of the size; pip finds it where its indexes offer it, such as PyTorch's for processors.
+TORCH = "torch==2.13.0+cpu"
 
-def environment(name: str, requirement: str) -> Path:
-    """Return the interpreter of an environment with `requirement` installed, making or updating it first."""
+
+def environment(name: str, requirement: str, optional: str = "") -> Path:
+    """Return the interpreter of an environment with `requirement` installed, making or updating it first.
+
+    What is `optional` is installed if pip can find it.
+    """
     folder = ROOT / name
     python = folder / "bin" / "python"
     stamp = folder / "installed-for"
-    state = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + requirement.encode()).hexdigest()
+    state = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + (requirement + optional).encode()).hexdigest()
     if stamp.is_file() and stamp.read_text() == state:
         return python
     print(f"installing into {folder.name} (a few minutes the first time)", flush=True)
@@ -41,6 +47,8 @@ def environment(name: str, requirement: str) -> Path:
         raise SystemExit(f"this Python has no usable `venv` ({error}); on Debian: apt install python3-venv") from error
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--editable", requirement], cwd=ROOT, check=True)
+    if optional and subprocess.run([*pip, optional], cwd=ROOT, capture_output=True).returncode:
+        print(f"pip finds no {optional}: tests that need it are skipped", flush=True)
     stamp.write_text(state)
     return python
 
@@ -56,7 +64,7 @@ def main() -> int:
         if options.job == "demo":
             python = environment(".venv", ".")
             return subprocess.run([python, "-m", "tvm_nm", "compile", *options.arguments], cwd=ROOT).returncode
-        python = environment(".venv-test", ".[dev]")
+        python = environment(".venv-test", ".[dev]", TORCH)
         for check in CHECKS:
             extra = options.arguments if "pytest" in check else []
             print(f"== {' '.join(check[1:])}", flush=True)

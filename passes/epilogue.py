@@ -15,7 +15,7 @@ from tvm_nm.passes.dataflow import constant_of, is_call, static_shape
 from tvm_nm.relax_numpy import variables
 from tvm_nm.workload import Epilogue
 
-__all__ = ["FusedLayer", "fuse_epilogues", "scalar"]
+__all__ = ["BindingGraph", "FusedLayer", "fuse_epilogues", "scalar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class FusedLayer:
     epilogue: Epilogue
 
 
-class _Graph:
+class BindingGraph:
     """Bindings of one function, with their users."""
 
     def __init__(self, bindings: Sequence[Any], result: Any) -> None:
@@ -79,13 +79,13 @@ def fuse_epilogues(calls: Sequence[LayerCall], bindings: Sequence[Any], result: 
     result
         What it returns.
     """
-    graph = _Graph(bindings, result)
+    graph = BindingGraph(bindings, result)
     claimed: set[Any] = set()
     fused = [_follow(found, graph, claimed) for found in sorted(calls, key=lambda c: -graph.order[c.var])]
     return tuple(sorted(fused, key=lambda layer: layer.found.layer.index))
 
 
-def _follow(found: LayerCall, graph: _Graph, claimed: set[Any]) -> FusedLayer:
+def _follow(found: LayerCall, graph: BindingGraph, claimed: set[Any]) -> FusedLayer:
     channels = found.layer.weight_shape[0]
     bias = np.zeros(channels, np.float32)
     residual = None

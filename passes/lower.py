@@ -14,10 +14,14 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from tvm_nm.inventory import LAYERS_ATTR, LayerCall, layer_calls
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.layer_shape import LayerShape
+from tvm_nm.passes.chains import Chain, ChainChoice, choose_chain_kernel, find_chains
 from tvm_nm.passes.dataflow import is_call, static_shape
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
 from tvm_nm.passes.select import Choice, choose_conv, choose_fc, conv_workload
 from tvm_nm.relax_numpy import as_constant
+from tvm_nm.schedules.blocked_layout import blocked_layout_func
+from tvm_nm.schedules.chain import blocked_shape
+from tvm_nm.schedules.chain_code import chain_prim_func
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.machine import machine_of
@@ -59,6 +63,9 @@ class Lower:
         Let dense 3x3 convolutions be computed by Winograd's algorithm where that is predicted to be faster.
     tuned
         Tuned kernel variants, such as a `tvm_nm.tuning.database.TuningDatabase` of the target; default: none.
+    chains
+        Let one kernel compute a convolution, the depthwise one after it and the pointwise one after that, where this is
+        predicted to be faster. Off, every layer has a call of its own, whose time can be measured.
     """
 
     def __init__(
@@ -68,8 +75,10 @@ class Lower:
         always_sparse: bool = False,
         winograd: bool = True,
         tuned: TunedKernels | None = None,
+        chains: bool = True,
     ) -> None:
         self._target = target
+        self._chains = chains
         self._always_sparse = always_sparse
         self._winograd = winograd
         self._tuned = tuned
@@ -83,7 +92,9 @@ class Lower:
         sparse, tuned = self._always_sparse, self._tuned
         choose = partial(choose_conv, always_sparse=sparse, winograd=self._winograd, tuned=tuned)
         choose_dense = partial(choose_fc, always_sparse=sparse, tuned=tuned)
+        chains = find_chains(layers, bindings, main.body.body) if self._chains else ()
         lowering = _Lowering(mod, layers, self._target, choose, choose_dense)
+        lowering.choose_chains(chains, always_sparse=sparse)
         lowered = lowering.run(mod)
         # An object, not a list: TVM cannot read an attribute of fewer than 8 characters back.
         reports = json.dumps({"layers": [report.to_dict() for report in lowering.reports]})
@@ -111,7 +122,28 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         self._choose = {"conv": choose, "fc": choose_fully_connected}
         self._by_end = {layer.end: layer for layer in layers}
         self._absorbed = {var for layer in layers for var in layer.absorbed}
+        self._alone: dict[Any, Choice] = {}
+        self._chain_by_end: dict[Any, ChainChoice] = {}
+        self._blocked: dict[Any, Any] = {}
         self.reports: list[LayerReport] = []
+
+    def choose_chains(self, chains: tuple[Chain, ...], *, always_sparse: bool) -> None:
+        """Decide which chains of layers are computed by one kernel each."""
+        for chain in chains:
+            alone = [self._choice(fused) for fused in chain]
+            blocked = chain[0].found.call.args[0] in self._chain_by_end
+            found = choose_chain_kernel(
+                chain, alone, self._machine, blocked_input=blocked, always_sparse=always_sparse
+            )
+            if found is None:
+                self._alone |= {fused.end: choice for fused, choice in zip(chain, alone, strict=True)}
+            else:
+                self._chain_by_end[chain[-1].end] = found
+                self._absorbed |= {fused.end for fused in chain[:-1]}
+
+    def _choice(self, fused: FusedLayer) -> Choice:
+        layer = fused.found.layer
+        return self._choose[layer.kind](layer, fused.found.weight_view, fused.epilogue, self._machine)
 
     def run(self, mod: tvm.IRModule) -> tvm.IRModule:
         self.builder_.update_func(mod.get_global_var("main"), self.visit_expr(mod["main"]))
@@ -121,7 +153,10 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         if binding.var in self._absorbed:
             return
         layer = self._by_end.get(binding.var)
-        value = self._layer(layer) if layer is not None else self._pool(binding.value)
+        if binding.var in self._chain_by_end:
+            value = self._chain(self._chain_by_end[binding.var])
+        else:
+            value = self._layer(layer) if layer is not None else self._pool(binding.value)
         if value is None:
             super().visit_var_binding_(binding)
             return
@@ -130,7 +165,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
 
     def _layer(self, fused: FusedLayer) -> relax.Call:
         layer = fused.found.layer
-        choice = self._choose[layer.kind](layer, fused.found.weight_view, fused.epilogue, self._machine)
+        choice = self._alone.pop(fused.end, None) or self._choice(fused)
         kernel = choice.kernel
         function = self.builder_.add_func(
             kernel_prim_func(kernel), "tvm_nm_fc" if isinstance(kernel, FcKernel) else "tvm_nm_conv"
@@ -150,6 +185,41 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         self.reports.append(_report(fused, choice, function.name_hint))
         call = relax.call_tir(function, arguments, relax.TensorType(out_shape, "float32"))
         return relax.op.reshape(self.builder_.emit(call), layer.output_shape) if row_of_pixels else call
+
+    def _chain(self, choice: ChainChoice) -> relax.Call:
+        """Return the copy of a chain's output to the usual layout; chains that follow read the blocked one instead."""
+        kernel, layers = choice.kernel, choice.layers
+        function = self.builder_.add_func(chain_prim_func(kernel), "tvm_nm_chain")
+        data, residual = layers[0].found.call.args[0], layers[-1].residual
+        arguments = [self._as_blocked(data) if kernel.blocked_input else self.visit_expr(data)]
+        for packed, bias in zip(choice.packed, choice.biases, strict=True):
+            arguments.append(as_constant(packed.values))
+            if packed.index is not None:
+                arguments.append(relax.const(packed.index))
+            arguments.append(relax.const(bias))
+        if residual is not None:
+            arguments.append(self._as_blocked(residual))
+        self.reports += _chain_reports(choice, function.name_hint)
+        shape = layers[-1].found.layer.output_shape
+        out = relax.TensorType(blocked_shape(*shape, kernel.lanes), "float32")  # type: ignore[misc]
+        blocked = self.builder_.emit(relax.call_tir(function, arguments, out))
+        self._blocked[layers[-1].end] = blocked
+        return self._copied(blocked, shape, to_blocked=False)
+
+    def _as_blocked(self, expr: Any) -> Any:
+        if expr not in self._blocked:
+            copied = self._copied(self.visit_expr(expr), static_shape(expr), to_blocked=True)
+            self._blocked[expr] = self.builder_.emit(copied)
+        return self._blocked[expr]
+
+    def _copied(self, expr: Any, shape: Any, *, to_blocked: bool) -> relax.Call:
+        machine = self._machine
+        function = self.builder_.add_func(
+            blocked_layout_func(tuple(shape), machine.lanes, to_blocked=to_blocked, threads=machine.threads),
+            "tvm_nm_to_blocked" if to_blocked else "tvm_nm_from_blocked",
+        )
+        out = blocked_shape(*shape, machine.lanes) if to_blocked else shape
+        return relax.call_tir(function, [expr], relax.TensorType(out, "float32"))
 
     def _shaped(self, expr: Any, shape: tuple[int, ...]) -> Any:
         return expr if static_shape(expr) == shape else self.builder_.emit(relax.op.reshape(expr, shape))
@@ -190,7 +260,40 @@ def _pair(values: Any) -> tuple[int, int]:
 
 
 def _report(fused: FusedLayer, choice: Choice, function: str) -> LayerReport:
-    layer, kernel = fused.found.layer, choice.kernel
+    kernel = choice.kernel
+    return _layer_report(
+        fused,
+        pattern=choice.pattern,
+        density=choice.density,
+        kernel=str(kernel),
+        function=function,
+        kept_macs=kernel.macs,
+        packed_bytes=choice.packed.bytes,
+        note=choice.note,
+        tuning=choice.tuning,
+    )
+
+
+def _chain_reports(choice: ChainChoice, function: str) -> list[LayerReport]:
+    name = choice.layers[0].found.layer.name
+    return [
+        _layer_report(
+            fused,
+            pattern=choice.patterns[number],
+            density=choice.densities[number],
+            kernel=str(choice.kernel),
+            function=function,
+            kept_macs=choice.kernel.layer_macs[number],
+            packed_bytes=choice.packed[number].bytes,
+            note=choice.notes[number],
+            chain=name if number else "",
+        )
+        for number, fused in enumerate(choice.layers)
+    ]
+
+
+def _layer_report(fused: FusedLayer, **found: Any) -> LayerReport:
+    layer = fused.found.layer
     shape = LayerShape(
         layer.kind,
         layer.weight_shape,
@@ -200,8 +303,9 @@ def _report(fused: FusedLayer, choice: Choice, function: str) -> LayerReport:
         layer.dilation,
         layer.groups,
     )
-    if isinstance(kernel, FcKernel):
-        workload = f"{kernel.in_features}->{kernel.out_features} fc" + (f" n{kernel.batch}" if kernel.batch > 1 else "")
+    if layer.kind == "fc":
+        batch, features = layer.input_shape
+        workload = f"{features}->{layer.weight_shape[0]} fc" + (f" n{batch}" if batch > 1 else "")
     else:
         workload = str(conv_workload(layer, fused.epilogue))
     return LayerReport(
@@ -209,14 +313,7 @@ def _report(fused: FusedLayer, choice: Choice, function: str) -> LayerReport:
         kind=layer.kind,
         workload=workload,
         epilogue=str(fused.epilogue),
-        pattern=choice.pattern,
-        density=choice.density,
-        kernel=str(kernel),
-        function=function,
         macs=layer.macs,
-        kept_macs=kernel.macs,
-        packed_bytes=choice.packed.bytes,
-        note=choice.note,
         shape=shape.text,
-        tuning=choice.tuning,
+        **found,
     )

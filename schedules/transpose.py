@@ -16,7 +16,7 @@ from tvm import s_tir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
-__all__ = ["register_named_intrinsics", "transpose_intrinsic"]
+__all__ = ["register_named_intrinsics", "transpose_intrinsic", "turned_square"]
 
 _NAME = re.compile(r"tvm_nm_transpose_(\d+)_(\d+(?:x\d+)*)")
 
@@ -75,11 +75,11 @@ def _shuffle_tiles(source: Any, target: Any) -> None:
         start = T.Bind(tirx.min(tile * lanes, tirx.IntImm("int32", pixels - lanes)))
         rows = [T.Bind(source.vload((*at(start + i), 0), f"float32x{lanes}")) for i in range(lanes)]
         *row, column = at(start)
-        for lane, values in enumerate(_network(rows)):
+        for lane, values in enumerate(turned_square(rows)):
             T.buffer_store(target, values, [lane, *row, tirx.Ramp(column, 1, lanes)])
 
 
-def _network(rows: list[Any]) -> list[Any]:
+def turned_square(rows: list[Any]) -> list[Any]:
     """Return the columns of a square of vectors.
 
     Two stages transpose 4x4 squares within chunks of 4 lanes, the rest transposes whole chunks: each step is one

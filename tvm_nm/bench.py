@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -343,7 +343,10 @@ def profile_layers(model: CompiledModel, *, runs: int = 10) -> tuple[LayerTime, 
             if not pending or pending[0].function != name:
                 raise ArtifactError(f"{model.directory}: the library calls {name} where its manifest has another layer")
             layer = pending.pop(0)
-            layers.append(LayerTime(layer.name, layer, 1, time_us, statistics.median(peaks)))
+            chain = [layer]
+            while pending and pending[0].chain == layer.name:
+                chain.append(pending.pop(0))
+            layers.append(LayerTime(layer.name, _whole(chain), 1, time_us, statistics.median(peaks)))
         else:
             group = "other" if name.startswith("vm.builtin.") else name
             count, total = rest.get(group, (0, 0.0))
@@ -351,3 +354,20 @@ def profile_layers(model: CompiledModel, *, runs: int = 10) -> tuple[LayerTime, 
     other = rest.pop("other", None)
     layers += [LayerTime(name, None, *found) for name, found in sorted(rest.items())]
     return (*layers, LayerTime("other", None, *other)) if other else tuple(layers)
+
+
+def _whole(chain: Sequence[LayerReport]) -> LayerReport:
+    """Return one report for layers that a single call computes."""
+    if len(chain) == 1:
+        return chain[0]
+    macs, kept, packed = (sum(getattr(layer, what) for layer in chain) for what in ("macs", "kept_macs", "packed_bytes"))
+    patterns = dict.fromkeys(layer.pattern for layer in chain if layer.pattern != "dense")
+    return replace(
+        chain[0],
+        workload=", ".join(layer.workload for layer in chain),
+        pattern="+".join(patterns) or "dense",
+        density=sum(layer.macs * layer.density for layer in chain) / max(1, macs),
+        macs=macs,
+        kept_macs=kept,
+        packed_bytes=packed,
+    )

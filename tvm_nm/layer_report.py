@@ -30,7 +30,7 @@ class LayerReport:
         Kernel variant in words.
     function
         Name of the PrimFunc; layers of equal kernels share one. The k-th call of any layer's function in a run belongs
-        to the k-th report.
+        to the k-th report of those with an empty `chain`.
     macs, kept_macs
         Multiply-accumulates of the dense layer, and those that the kernel executes.
     packed_bytes
@@ -42,6 +42,9 @@ class LayerReport:
     tuning
         Where the kernel variant comes from: `measured` on this machine, `interpolated` from measurements, `shipped`
         with the package, or `default` for a layer that was never tuned.
+    chain
+        Name of the layer whose call computes this one as well (see `tvm_nm.schedules.chain`); empty for a layer with a
+        call of its own, and for the first of a chain.
     """
 
     name: str
@@ -58,6 +61,7 @@ class LayerReport:
     note: str = ""
     shape: str = ""
     tuning: str = "default"
+    chain: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

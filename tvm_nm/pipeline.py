@@ -28,6 +28,7 @@ def lowering_passes(
     always_sparse: bool = False,
     winograd: bool = True,
     tuned: TunedKernels | None = None,
+    chains: bool = True,
 ) -> list[tvm.transform.Pass]:
     """Return the passes from a canonical (perhaps pruned) module to one of unscheduled PrimFuncs only.
 
@@ -35,7 +36,7 @@ def lowering_passes(
     """
     return [
         QuarterPowers(),
-        Lower(target, always_sparse=always_sparse, winograd=winograd, tuned=tuned),
+        Lower(target, always_sparse=always_sparse, winograd=winograd, tuned=tuned, chains=chains),
         MarkConcats(),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
@@ -103,6 +104,7 @@ def build_executable(
     always_sparse: bool = False,
     winograd: bool = True,
     tuned: TunedKernels | None = None,
+    chains: bool = True,
 ) -> Built:
     """Lower, schedule and compile a canonical module.
 
@@ -112,10 +114,10 @@ def build_executable(
         What `import_onnx` returns, perhaps pruned; it is not changed.
     target
         An LLVM target whose `num-cores` is the number of threads.
-    always_sparse, winograd, tuned
+    always_sparse, winograd, tuned, chains
         See `Lower`.
     """
-    lowering = lowering_passes(target, always_sparse=always_sparse, winograd=winograd, tuned=tuned)
+    lowering = lowering_passes(target, always_sparse=always_sparse, winograd=winograd, tuned=tuned, chains=chains)
     with target, pass_context():
         lowered = tvm.transform.Sequential(lowering)(module)
         reports = layer_reports(lowered)

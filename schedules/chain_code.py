@@ -1,0 +1,484 @@
+"""Generated code of the chain family.
+
+Loop nest (AVX-512; `staged` chains have a parallel loop for each of the two halves)::
+
+    parallel n, band of output rows                # one task
+      for vectors of hidden channels
+        for row of the band, pixel tile            #   first layer: to a zero-padded scratch
+          acc[P][V] = bias
+          for kept input
+            acc[p][v] += W[v] * X[p]               #   V loads, P broadcasts, P*V FMAs
+          scratch = act(acc)
+        for row, pixel tile                        #   depthwise: all taps unrolled
+          acc[P] = bias
+          for input pixel of the tile
+            acc[p] += W[tap] * scratch             #   an input pixel is loaded once for all taps that read it
+          hidden = act(acc)                        #   stays in L2, or L1
+      for vectors of output channels               # last layer
+        for row, pixel tile
+          acc[P][V] = bias
+          for kept hidden channel
+            acc[p][v] += W[v] * hidden[p]
+          out = act(acc + residual)
+
+Written as TensorIR directly: borders and bands make for loop bounds that a schedule's region analysis turns into
+conditions of inner loops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
+
+from tvm_nm.schedules.chain import ChainKernel, Mixing, blocked_shape
+from tvm_nm.workload import ConvWorkload, Epilogue
+
+__all__ = ["argument_shapes", "chain_prim_func"]
+
+# Weights of this size have left L2 since the last image. The processor's prefetchers stop at the end of a page, which
+# lasts for a few hundred cycles: about as long as the next page's first line takes from beyond L2.
+_STREAMED_BYTES = 128 * 1024
+_PREFETCH_BYTES = 4096
+
+
+def argument_shapes(kernel: ChainKernel) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return names, shapes and dtypes of a chain's arguments in order, the output last."""
+    first, work, lanes = kernel.first, kernel.depthwise, kernel.lanes
+    size = (first.batch, first.in_channels, first.height, first.width)
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "data": (blocked_shape(*size, lanes) if kernel.blocked_input else size, "float32")
+    }
+    shapes |= _mixing_shapes("first", first, kernel.mixing, lanes)
+    shapes["depthwise"] = ((kernel.hidden_vectors, work.taps, lanes), "float32")
+    shapes["depthwise_bias"] = ((kernel.hidden_vectors * lanes,), "float32")
+    out = blocked_shape(work.batch, kernel.output.out_channels, work.out_height, work.out_width, lanes)
+    if kernel.last is not None:
+        shapes |= _mixing_shapes("last", kernel.last, kernel.last_mixing, lanes)
+        if kernel.last.epilogue.residual:
+            shapes["residual"] = (out, "float32")
+    return {**shapes, "out": (out, "float32")}
+
+
+def _mixing_shapes(
+    name: str, work: ConvWorkload, mixing: Mixing, lanes: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    vectors = -(-work.out_channels // lanes)
+    kept = mixing.kept or work.in_channels
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {name: ((vectors * kept * work.taps * lanes,), "float32")}
+    if mixing.kept:
+        shapes[f"{name}_index"] = ((-(-work.out_channels // mixing.block) * kept,), "int32")
+    return {**shapes, f"{name}_bias": ((vectors * lanes,), "float32")}
+
+
+@lru_cache(maxsize=128)
+def chain_prim_func(kernel: ChainKernel) -> tvm.tirx.PrimFunc:
+    """Return the function of a chain, which needs no schedule; its arguments are those of `argument_shapes`."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8, "global_symbol": "main"})
+        shapes = argument_shapes(kernel)
+        handles = [T.arg(name, T.handle()) for name in shapes]
+        buffers = [T.match_buffer(h, *shape) for h, shape in zip(handles, shapes.values(), strict=True)]
+        with T.sblock("root"):  # as TVM's passes expect of a function
+            T.reads()
+            T.writes()
+            flat = {
+                name: T.decl_buffer((math.prod(shape),), dtype, data=buffer.data)
+                for (name, (shape, dtype)), buffer in zip(shapes.items(), buffers, strict=True)
+            }
+            _Code(kernel, flat).emit()
+    return builder.get()
+
+
+class _Code:
+    """Emits one chain. Buffers are flat; positions in them are elements."""
+
+    def __init__(self, kernel: ChainKernel, buffers: dict[str, Any]) -> None:
+        self._kernel = kernel
+        self._buffers = buffers
+        self._lanes = kernel.lanes
+        # Of the first layer's output and of the depthwise output, for one vector of channels.
+        self._padded_plane = kernel.in_rows * kernel.pitch * kernel.lanes
+        first = kernel.first
+        self._copies_input = not first.is_pointwise
+        self._copy_rows = (kernel.in_rows - 1) * first.stride[0] + first.kernel[0]
+        self._copy_pitch = (first.out_width - 1) * first.stride[1] + first.kernel[1]
+
+    def emit(self) -> None:
+        kernel = self._kernel
+        if kernel.staged:
+            self._emit_staged()
+            return
+        with T.parallel(0, kernel.first.batch * kernel.bands) as task:
+            image, band = _divided(task, kernel.bands, kernel.first.batch)
+            source = self._source(image, band)
+            padded = T.alloc_buffer((kernel.mixing.vectors * self._padded_plane,), "float32")
+            hidden, base = self._buffers["out"], None
+            if kernel.last is not None:
+                hidden, base = T.alloc_buffer((kernel.hidden_vectors * kernel.hidden_plane,), "float32"), 0
+            _in_groups(
+                kernel.hidden_vectors,
+                kernel.mixing.vectors,
+                lambda start, count: self._hidden_channels(image, band, start, count, source, padded, hidden, base),
+            )
+            if kernel.last is not None:
+                _in_groups(
+                    kernel.out_vectors,
+                    kernel.last_mixing.vectors,
+                    lambda start, count: self._last(image, band, start, count, hidden, 0),
+                )
+
+    def _emit_staged(self) -> None:
+        kernel = self._kernel
+        hidden, base = self._buffers["out"], None
+        size = kernel.hidden_vectors * kernel.hidden_plane
+        if kernel.last is not None:
+            hidden, base = T.alloc_buffer((kernel.first.batch * size,), "float32"), 0
+        groups = -(-kernel.hidden_vectors // kernel.mixing.vectors)
+        with T.parallel(0, kernel.first.batch * kernel.bands * groups) as task:
+            image, rest = _divided(task, kernel.bands * groups, kernel.first.batch)
+            band, group = _divided(rest, groups, kernel.bands)
+            source = self._source(image, band)
+            padded = T.alloc_buffer((kernel.mixing.vectors * self._padded_plane,), "float32")
+            _one_group(
+                group,
+                kernel.hidden_vectors,
+                kernel.mixing.vectors,
+                lambda start, count: self._hidden_channels(
+                    image, band, start, count, source, padded, hidden, None if base is None else image * size
+                ),
+            )
+        if kernel.last is None:
+            return
+        groups = -(-kernel.out_vectors // kernel.last_mixing.vectors)
+        with T.parallel(0, kernel.first.batch * kernel.bands * groups) as task:
+            image, rest = _divided(task, kernel.bands * groups, kernel.first.batch)
+            band, group = _divided(rest, groups, kernel.bands)
+            start = image * size + band * (kernel.rows * kernel.depthwise.out_width * self._lanes)
+            _one_group(
+                group,
+                kernel.out_vectors,
+                kernel.last_mixing.vectors,
+                lambda first, count: self._last(image, band, first, count, hidden, start),
+            )
+
+    def _rows_of(self, band: Any) -> Any:
+        """Return the output rows of a band: the last one may have fewer."""
+        rows, height = self._kernel.rows, self._kernel.depthwise.out_height
+        return rows if height % rows == 0 else _least(rows, height - band * rows)
+
+    def _source(self, image: Any, band: Any) -> tuple[Any, Any]:
+        """Return what the first layer reads, and where this image's starts: the input, or a padded copy of rows."""
+        kernel, work = self._kernel, self._kernel.first
+        data = self._buffers["data"]
+        channels = -(-work.in_channels // self._lanes) * self._lanes if kernel.blocked_input else work.in_channels
+        start = image * (channels * work.height * work.width)
+        if not self._copies_input:
+            return data, start
+        top, left, _, _ = work.padding
+        row_size, plane = self._copy_pitch, self._copy_rows * self._copy_pitch
+        copy = T.alloc_buffer((work.in_channels * plane,), "float32")
+        with T.serial(0, work.in_channels * plane) as i:
+            T.buffer_store(copy, tirx.const(0.0, "float32"), [i])
+        first_row = _bound(self._top_row(band) * work.stride[0] - top)
+        begin = _most(0, -first_row)
+        end = _least(self._copy_rows, work.height - first_row)
+        width = min(work.width, self._copy_pitch - left)
+        with T.serial(0, work.in_channels) as c, T.serial(0, end - begin) as r, T.serial(0, width) as x:
+            row = begin + r
+            value = data[start + (c * work.height + first_row + row) * work.width + x]
+            T.buffer_store(copy, value, [c * plane + row * row_size + left + x])
+        return copy, 0
+
+    def _top_row(self, band: Any) -> Any:
+        """Return the row of the first layer's output, perhaps above it, that a band's first row begins with."""
+        work = self._kernel.depthwise
+        return band * (self._kernel.rows * work.stride[0]) - work.padding[0]
+
+    def _hidden_channels(
+        self, image: Any, band: Any, start: Any, count: int, source: Any, padded: Any, hidden: Any, base: Any
+    ) -> None:
+        """Compute some vectors of channels of a band of the depthwise output."""
+        kernel, work = self._kernel, self._kernel.depthwise
+        self._first(band, start, count, source, padded)
+        for j in range(count):
+            if base is None:
+                row = (image * kernel.hidden_vectors + start + j) * work.out_height + band * kernel.rows
+                at = row * (work.out_width * self._lanes)
+            else:
+                at = base + (start + j) * kernel.hidden_plane
+                if kernel.staged:
+                    at = at + band * (kernel.rows * work.out_width * self._lanes)
+            self._depthwise(band, start + j, padded, j * self._padded_plane, hidden, at)
+
+    def _first(self, band: Any, start: Any, count: int, source: Any, padded: Any) -> None:
+        """Compute the rows that a band's depthwise sums read; zeros where they lie beyond the map."""
+        kernel, lanes = self._kernel, self._lanes
+        work, mixing = kernel.first, kernel.mixing
+        _, left, _, right = kernel.depthwise.padding
+        top_row = _bound(self._top_row(band))
+        top = _most(0, -top_row)
+        bottom = _least(kernel.in_rows, work.out_height - top_row)
+
+        def zero(vector: int, row: Any, column: Any) -> None:
+            at = vector * self._padded_plane + (row * kernel.pitch + column) * lanes
+            _store(padded, at, _vector(0.0, lanes), lanes)
+
+        for j in range(count):
+            with T.serial(0, top) as row, T.serial(0, kernel.pitch) as column:
+                zero(j, row, column)
+            with T.serial(0, kernel.in_rows - bottom) as row, T.serial(0, kernel.pitch) as column:
+                zero(j, bottom + row, column)
+            if left + right:
+                with T.serial(0, bottom - top) as row:
+                    for column in (*range(left), *range(kernel.pitch - right, kernel.pitch)):
+                        zero(j, top + row, column)
+        buffer, base = source
+
+        def tile(row: Any, column: Any, rows: int, columns: int) -> None:
+            def inputs(channel: Any, ky: int, kx: int) -> list[Any]:
+                if self._copies_input:
+                    sy, sx = work.stride
+                    at = channel * (self._copy_rows * self._copy_pitch) + column * sx + kx
+                    places = [
+                        ((top + row + p // columns) * sy + ky) * self._copy_pitch + p % columns * sx
+                        for p in range(rows * columns)
+                    ]
+                    at = T.Bind(base + at)
+                    return [buffer[at + place] for place in places]
+                # The tile's rows are contiguous: it has several only if they are whole.
+                step = lanes if kernel.blocked_input else 1
+                at = T.Bind(base + channel + ((top_row + top + row) * work.width + column) * step)
+                return [buffer[at + p * step] for p in range(rows * columns)]
+
+            def channel_of(position: Any) -> Any:
+                if mixing.kept:
+                    return position
+                if self._copies_input or not kernel.blocked_input:
+                    return position if self._copies_input else position * (work.height * work.width)
+                return _blocked_channel(position, work.height * work.width * lanes, lanes)
+
+            def store(vector: int, pixel: int, value: Any) -> None:
+                at = (top + row + pixel // columns) * kernel.pitch + left + column + pixel % columns
+                value = _activated(value, work.epilogue, lanes)
+                _store(padded, vector * self._padded_plane + at * lanes, value, lanes)
+
+            self._mix("first", work, mixing, start, count, rows * columns, channel_of, inputs, store)
+
+        _tiles(bottom - top, work.out_width, kernel.sums // count, tile)
+
+    def _depthwise(self, band: Any, vector: Any, padded: Any, start: Any, hidden: Any, target: Any) -> None:
+        kernel, lanes = self._kernel, self._lanes
+        work = kernel.depthwise
+        (kh, kw), (sy, sx) = work.kernel, work.stride
+        weights = [
+            T.Bind(_load(self._buffers["depthwise"], (vector * work.taps + tap) * lanes, lanes))
+            for tap in range(work.taps)
+        ]
+        bias = T.Bind(_load(self._buffers["depthwise_bias"], vector * lanes, lanes))
+
+        def tile(row: Any, column: Any, rows: int, columns: int) -> None:
+            sums = T.alloc_buffer((rows * columns * lanes,), "float32", scope="local")
+            for p in range(rows * columns):
+                _store(sums, p * lanes, bias, lanes)
+            for y in range((rows - 1) * sy + kh):
+                for x in range((columns - 1) * sx + kw):
+                    readers = [
+                        (r * columns + c, (y - r * sy) * kw + x - c * sx)
+                        for r in range(rows)
+                        for c in range(columns)
+                        if 0 <= y - r * sy < kh and 0 <= x - c * sx < kw
+                    ]
+                    if not readers:
+                        continue
+                    at = start + ((row * sy + y) * kernel.pitch + column * sx + x) * lanes
+                    value = T.Bind(_load(padded, at, lanes))
+                    for pixel, tap in readers:
+                        _add(sums, pixel, weights[tap] * value, lanes)
+            for p in range(rows * columns):
+                value = _activated(_load(sums, p * lanes, lanes), work.epilogue, lanes)
+                at = target + ((row + p // columns) * work.out_width + column + p % columns) * lanes
+                _store(hidden, at, value, lanes)
+
+        _tiles(self._rows_of(band), work.out_width, kernel.depthwise_pixels, tile)
+
+    def _last(self, image: Any, band: Any, start: Any, count: int, hidden: Any, base: Any) -> None:
+        kernel, lanes = self._kernel, self._lanes
+        work, mixing = kernel.last, kernel.last_mixing
+        assert work is not None
+        first_row = band * kernel.rows
+
+        def tile(row: Any, column: Any, rows: int, columns: int) -> None:
+            def inputs(channel: Any, _ky: int, _kx: int) -> list[Any]:
+                at = T.Bind(base + channel + (row * work.width + column) * lanes)
+                return [hidden[at + p * lanes] for p in range(rows * columns)]
+
+            def channel_of(position: Any) -> Any:
+                return position if mixing.kept else _blocked_channel(position, kernel.hidden_plane, lanes)
+
+            def store(vector: int, pixel: int, value: Any) -> None:
+                pixels = work.out_height * work.out_width
+                at = (image * kernel.out_vectors + start + vector) * pixels
+                at = (at + (first_row + row) * work.out_width + column + pixel) * lanes
+                if work.epilogue.residual:
+                    value = value + _load(self._buffers["residual"], at, lanes)
+                _store(self._buffers["out"], at, _activated(value, work.epilogue, lanes), lanes)
+
+            self._mix("last", work, mixing, start, count, rows * columns, channel_of, inputs, store)
+
+        _tiles(self._rows_of(band), work.out_width, kernel.sums // count, tile)
+
+    def _mix(
+        self,
+        name: str,
+        work: ConvWorkload,
+        mixing: Mixing,
+        start: Any,
+        count: int,
+        pixels: int,
+        channel_of: Callable[[Any], Any],
+        inputs: Callable[[Any, int, int], list[Any]],
+        store: Callable[[int, int, Any], None],
+    ) -> None:
+        """Sum a register tile of `count` vectors of channels, from vector `start`, over the inputs that it keeps."""
+        lanes, kept = self._lanes, mixing.kept or work.in_channels
+        weights, bias, index = (self._buffers.get(f"{name}{what}") for what in ("", "_bias", "_index"))
+        sums = T.alloc_buffer((pixels * count * lanes,), "float32", scope="local")
+        for j in range(count):
+            value = T.Bind(_load(bias, (start + j) * lanes, lanes))
+            for p in range(pixels):
+                _store(sums, (p * count + j) * lanes, value, lanes)
+        row = tirx.indexdiv(start * lanes, mixing.block) if mixing.block else 0
+        ahead = 4 * work.out_channels * kept * work.taps >= _STREAMED_BYTES
+        with T.serial(0, kept) as position:
+            entry = position if index is None else index[row * kept + position]
+            channel = T.Bind(channel_of(entry))
+            for tap in range(work.taps):
+                at = T.Bind(start * (kept * work.taps * lanes) + (position * work.taps + tap) * (count * lanes))
+                vectors = [T.Bind(_load(weights, at + j * lanes, lanes)) for j in range(count)]
+                if ahead:
+                    for j in range(count):
+                        _prefetch(weights, at + j * lanes + _PREFETCH_BYTES // 4)
+                for p, scalar in enumerate(inputs(channel, *divmod(tap, work.kernel[1]))):
+                    value = T.Bind(tirx.Broadcast(scalar, lanes))
+                    for j in range(count):
+                        _add(sums, p * count + j, vectors[j] * value, lanes)
+        for j in range(count):
+            for p in range(pixels):
+                store(j, p, _load(sums, (p * count + j) * lanes, lanes))
+
+
+def _bound(value: Any) -> Any:
+    return value if isinstance(value, int) else T.Bind(value)
+
+
+def _least(one: int, other: Any) -> Any:
+    return min(one, other) if isinstance(other, int) else T.Bind(tirx.min(one, other))
+
+
+def _most(one: int, other: Any) -> Any:
+    return max(one, other) if isinstance(other, int) else T.Bind(tirx.max(one, other))
+
+
+def _divided(task: Any, inner: int, outer: int) -> tuple[Any, Any]:
+    """Return a task's place in an outer and an inner loop; constants for loops of one iteration."""
+    if outer == 1:
+        return 0, task if inner > 1 else 0
+    return (task, 0) if inner == 1 else (tirx.indexdiv(task, inner), tirx.indexmod(task, inner))
+
+
+def _in_groups(total: int, size: int, body: Callable[[Any, int], None]) -> None:
+    """Loop over groups of vectors; the last may be smaller and has code of its own."""
+    if total >= size:
+        with T.serial(0, total // size) as group:
+            body(group * size, size)
+    if total % size:
+        body(total // size * size, total % size)
+
+
+def _one_group(group: Any, total: int, size: int, body: Callable[[Any, int], None]) -> None:
+    """Emit what task `group` of `_in_groups` does."""
+    full, rest = divmod(total, size)
+    if not rest:
+        body(group * size, size)
+    elif not full:
+        body(0, rest)
+    else:
+        with T.If(group < full):
+            with T.Then():
+                body(group * size, size)
+            with T.Else():
+                body(full * size, rest)
+
+
+def _tiles(rows: Any, width: int, most: int, body: Callable[[Any, Any, int, int], None]) -> None:
+    """Cut rows of pixels into register tiles of at most `most`: whole rows if several fit, else parts of a row.
+
+    `body` gets a tile's first row and column, and its rows and columns.
+    """
+    if 2 * width <= most:
+        together = most // width
+        full = tirx.indexdiv(rows, together) if not isinstance(rows, int) else rows // together
+        with T.serial(0, full) as t:
+            body(t * together, 0, together, width)
+        rest = rows - full * together
+        if isinstance(rest, int):
+            if rest:
+                body(full * together, 0, rest, width)
+            return
+        with T.serial(0, rest) as t:
+            body(full * together + t, 0, 1, width)
+        return
+    columns = -(-width // -(-width // most))
+    full, rest = divmod(width, columns)
+    with T.serial(0, rows) as row:
+        if full > 1:
+            with T.serial(0, full) as t:
+                body(row, t * columns, 1, columns)
+        else:
+            body(row, 0, 1, columns)
+        if rest:
+            body(row, full * columns, 1, rest)
+
+
+def _blocked_channel(channel: Any, plane: int, lanes: int) -> Any:
+    """Return where a channel's first pixel lies in a blocked tensor; lanes are a power of two."""
+    vector = tirx.shift_right(channel, tirx.const(lanes.bit_length() - 1, "int32"))
+    return vector * plane + tirx.bitwise_and(channel, tirx.const(lanes - 1, "int32"))
+
+
+def _vector(value: float, lanes: int) -> Any:
+    return tirx.Broadcast(tirx.const(value, "float32"), lanes)
+
+
+def _load(buffer: Any, at: Any, lanes: int) -> Any:
+    return buffer.vload([at], f"float32x{lanes}")
+
+
+def _store(buffer: Any, at: Any, value: Any, lanes: int) -> None:
+    T.buffer_store(buffer, value, [tirx.Ramp(at, 1, lanes)])
+
+
+def _prefetch(buffer: Any, at: Any) -> None:
+    address = buffer.access_ptr("r", offset=at)
+    constants = (tirx.const(value, "int32") for value in (0, 3, 1))  # to be read, into L1, data
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *constants))
+
+
+def _add(sums: Any, register: int, product: Any, lanes: int) -> None:
+    _store(sums, register * lanes, _load(sums, register * lanes, lanes) + product, lanes)
+
+
+def _activated(value: Any, epilogue: Epilogue, lanes: int) -> Any:
+    if epilogue.clip_min is not None:
+        value = tirx.max(value, _vector(epilogue.clip_min, lanes))
+    if epilogue.clip_max is not None:
+        value = tirx.min(value, _vector(epilogue.clip_max, lanes))
+    return value

@@ -1,10 +1,10 @@
-"""Finds convolutions, the depthwise ones after them and the pointwise ones after those, to be computed by one kernel."""
+"""Finds convolutions, the depthwise ones after them and the pointwise ones after those: one kernel computes them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np

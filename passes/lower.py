@@ -132,9 +132,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         for chain in chains:
             alone = [self._choice(fused) for fused in chain]
             blocked = chain[0].found.call.args[0] in self._chain_by_end
-            found = choose_chain_kernel(
-                chain, alone, self._machine, blocked_input=blocked, always_sparse=always_sparse
-            )
+            found = choose_chain_kernel(chain, alone, self._machine, blocked_input=blocked, always_sparse=always_sparse)
             if found is None:
                 self._alone |= {fused.end: choice for fused, choice in zip(chain, alone, strict=True)}
             else:
@@ -201,7 +199,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
             arguments.append(self._as_blocked(residual))
         self.reports += _chain_reports(choice, function.name_hint)
         shape = layers[-1].found.layer.output_shape
-        out = relax.TensorType(blocked_shape(*shape, kernel.lanes), "float32")  # type: ignore[misc]
+        out = relax.TensorType(blocked_shape(shape, kernel.lanes), "float32")
         blocked = self.builder_.emit(relax.call_tir(function, arguments, out))
         self._blocked[layers[-1].end] = blocked
         return self._copied(blocked, shape, to_blocked=False)
@@ -218,7 +216,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
             blocked_layout_func(tuple(shape), machine.lanes, to_blocked=to_blocked, threads=machine.threads),
             "tvm_nm_to_blocked" if to_blocked else "tvm_nm_from_blocked",
         )
-        out = blocked_shape(*shape, machine.lanes) if to_blocked else shape
+        out = blocked_shape(shape, machine.lanes) if to_blocked else shape
         return relax.call_tir(function, [expr], relax.TensorType(out, "float32"))
 
     def _shaped(self, expr: Any, shape: tuple[int, ...]) -> Any:

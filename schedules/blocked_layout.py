@@ -1,5 +1,7 @@
-"""Copies between (N, C, H, W) and blocked tensors (N, C / lanes, H, W, lanes), `lanes` pixels of as many channels at a
-time, turned by shuffles."""
+"""Copies between (N, C, H, W) and blocked tensors (N, C / lanes, H, W, lanes).
+
+`lanes` pixels of as many channels at a time are turned by shuffles.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def blocked_layout_func(
         T.func_name("main")
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8, "global_symbol": "main"})
         handles = [T.arg(name, T.handle()) for name in ("source", "target")]
-        shapes = [shape, blocked_shape(*shape, lanes)]
+        shapes = [shape, blocked_shape(shape, lanes)]
         buffers = [
             T.match_buffer(handle, of, "float32")
             for handle, of in zip(handles, shapes if to_blocked else shapes[::-1], strict=True)

@@ -116,10 +116,12 @@ class ChainKernel:
         rows = self.depthwise.out_height if self.staged else self.rows
         return rows * self.depthwise.out_width * self.lanes
 
-    @property
-    def sums(self) -> int:
-        """Registers for sums of a tile that mixes channels."""
-        return self.registers - 4
+    def pixels(self, vectors: int) -> int:
+        """Return the most pixels of a register tile of so many vectors that mixes channels.
+
+        Beside the sums, the weights of a step and an input are in registers.
+        """
+        return min(self.registers - 4, self.registers - 1 - vectors) // vectors
 
     @property
     def depthwise_pixels(self) -> int:
@@ -146,8 +148,9 @@ def _kept_macs(work: ConvWorkload, mixing: Mixing) -> int:
     return work.macs * mixing.kept // work.in_channels if mixing.kept else work.macs
 
 
-def blocked_shape(batch: int, channels: int, height: int, width: int, lanes: int) -> tuple[int, int, int, int, int]:
-    """Return the shape of a blocked tensor; what is left of the last vector of channels is zero."""
+def blocked_shape(shape: tuple[int, ...], lanes: int) -> tuple[int, int, int, int, int]:
+    """Return the blocked shape of a tensor (N, C, H, W); what fills up the last vector of channels is zero."""
+    batch, channels, height, width = shape
     return batch, -(-channels // lanes), height, width, lanes
 
 

@@ -53,12 +53,12 @@ def argument_shapes(kernel: ChainKernel) -> dict[str, tuple[tuple[int, ...], str
     first, work, lanes = kernel.first, kernel.depthwise, kernel.lanes
     size = (first.batch, first.in_channels, first.height, first.width)
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "data": (blocked_shape(*size, lanes) if kernel.blocked_input else size, "float32")
+        "data": (blocked_shape(size, lanes) if kernel.blocked_input else size, "float32")
     }
     shapes |= _mixing_shapes("first", first, kernel.mixing, lanes)
     shapes["depthwise"] = ((kernel.hidden_vectors, work.taps, lanes), "float32")
     shapes["depthwise_bias"] = ((kernel.hidden_vectors * lanes,), "float32")
-    out = blocked_shape(work.batch, kernel.output.out_channels, work.out_height, work.out_width, lanes)
+    out = blocked_shape((work.batch, kernel.output.out_channels, work.out_height, work.out_width), lanes)
     if kernel.last is not None:
         shapes |= _mixing_shapes("last", kernel.last, kernel.last_mixing, lanes)
         if kernel.last.epilogue.residual:
@@ -66,9 +66,7 @@ def argument_shapes(kernel: ChainKernel) -> dict[str, tuple[tuple[int, ...], str
     return {**shapes, "out": (out, "float32")}
 
 
-def _mixing_shapes(
-    name: str, work: ConvWorkload, mixing: Mixing, lanes: int
-) -> dict[str, tuple[tuple[int, ...], str]]:
+def _mixing_shapes(name: str, work: ConvWorkload, mixing: Mixing, lanes: int) -> dict[str, tuple[tuple[int, ...], str]]:
     vectors = -(-work.out_channels // lanes)
     kept = mixing.kept or work.in_channels
     shapes: dict[str, tuple[tuple[int, ...], str]] = {name: ((vectors * kept * work.taps * lanes,), "float32")}
@@ -272,7 +270,7 @@ class _Code:
 
             self._mix("first", work, mixing, start, count, rows * columns, channel_of, inputs, store)
 
-        _tiles(bottom - top, work.out_width, kernel.sums // count, tile)
+        _tiles(bottom - top, work.out_width, kernel.pixels(count), tile)
 
     def _depthwise(self, band: Any, vector: Any, padded: Any, start: Any, hidden: Any, target: Any) -> None:
         kernel, lanes = self._kernel, self._lanes
@@ -333,7 +331,7 @@ class _Code:
 
             self._mix("last", work, mixing, start, count, rows * columns, channel_of, inputs, store)
 
-        _tiles(self._rows_of(band), work.out_width, kernel.sums // count, tile)
+        _tiles(self._rows_of(band), work.out_width, kernel.pixels(count), tile)
 
     def _mix(
         self,

@@ -143,7 +143,7 @@ def _mix_cycles(kernel: ChainKernel, work: ConvWorkload, mixing: Mixing, rows: i
     for count, groups in ((mixing.vectors, vectors // mixing.vectors), (vectors % mixing.vectors, 1)):
         if not count or not groups:
             continue
-        for pixels, tiles in _pixel_tiles(rows, work.out_width, kernel.sums // count):
+        for pixels, tiles in _pixel_tiles(rows, work.out_width, kernel.pixels(count)):
             step = max(pixels * count / 2, (pixels + count) / _LOADS_PER_CYCLE, _FMA_LATENCY)
             step = step * _FMA_SLOWDOWN + _LOOP_OVERHEAD
             cycles += groups * tiles * (kept * step + pixels * count * _STORE_CYCLES)

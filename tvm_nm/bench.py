@@ -360,7 +360,9 @@ def _whole(chain: Sequence[LayerReport]) -> LayerReport:
     """Return one report for layers that a single call computes."""
     if len(chain) == 1:
         return chain[0]
-    macs, kept, packed = (sum(getattr(layer, what) for layer in chain) for what in ("macs", "kept_macs", "packed_bytes"))
+    macs, kept, packed = (
+        sum(getattr(layer, what) for layer in chain) for what in ("macs", "kept_macs", "packed_bytes")
+    )
     patterns = dict.fromkeys(layer.pattern for layer in chain if layer.pattern != "dense")
     return replace(
         chain[0],

@@ -18,7 +18,7 @@ __all__ = ["MANIFEST", "MANIFEST_FORMAT", "MANIFEST_VERSION", "Manifest", "Verif
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "tvm_nm artefact"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 """Version of the artefact that this release reads and writes."""
 
 _REMEDY = "build the artefact again"

@@ -67,8 +67,10 @@ def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: 
     """Return `func` scheduled with its template's default decisions.
 
     What has no template and no generic schedule either, such as a scatter written as raw loops, stays as it is; a
-    warning calls it `name`.
+    warning calls it `name`. What is scheduled already is returned as it is.
     """
+    if func.attrs.get("tirx.is_scheduled", False):
+        return func
     sch = s_tir.Schedule(func)
     try:
         found = _template_block(sch)

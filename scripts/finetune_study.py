@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from tvm_nm.agreement import compare_answers, top1_interval
+from tvm_nm.agreement import top1_interval
 from tvm_nm.calibration import ArrayImages, CalibrationImages, Preprocessing, open_images
+from tvm_nm.evaluation import answers_of_onnx, compare
 from tvm_nm.json_file import write_text
 from tvm_nm.pruning import PruneRequest, prune_file
 from tvm_nm.reference import preprocess, reference_model_path
 from tvm_nm.torch import Augmentation, Objective, TrainingOptions, train
-from tvm_nm.torch.finetune import input_shape, judge
+from tvm_nm.torch.finetune import input_shape
 from tvm_nm.torch.progress import TrainingProgress
 
 
@@ -73,8 +74,8 @@ class Study:
         """Return a network's top-1 on the test images, in onnxruntime."""
         record = path.with_suffix(".json")
         if not record.is_file():
-            answers = judge(onnx.load(path), self.test)
-            score = compare_answers(answers, answers, self.test.labels)
+            answers = answers_of_onnx(onnx.load(path), self.test)
+            score = compare(answers, answers, self.test)
             write_text(record, json.dumps({"top1": score.top1, "images": score.images}), "score")
         return float(json.loads(record.read_text())["top1"])
 

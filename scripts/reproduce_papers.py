@@ -27,23 +27,26 @@ import numpy as np
 import onnx
 from paper_networks import hidden_filters, mobilenet_v2, vgg16_bn
 
-from tvm_nm.agreement import compare_answers, top1_interval
+from tvm_nm.agreement import top1_interval
 from tvm_nm.bench import measure
 from tvm_nm.calibration import CalibrationImages, Preprocessing, open_images
 from tvm_nm.compiler import compile as compile_model
 from tvm_nm.cost_measure import DEFAULT_DENSITIES, CandidateGrid
 from tvm_nm.errors import InfeasibleBudgetError
+from tvm_nm.evaluation import answers_of_onnx, compare
 from tvm_nm.frontend import import_onnx
 from tvm_nm.json_file import write_text
+from tvm_nm.layer_pruning import Method
 from tvm_nm.masks import BoolArray, keep_largest, round_half_up
+from tvm_nm.onnx_pruning import prune_imported
 from tvm_nm.plan import Plan
 from tvm_nm.plan_model import plan_model
 from tvm_nm.planning import Goal
 from tvm_nm.prune_onnx import prune_onnx
-from tvm_nm.pruning import PruneRequest, prune_by_plan, prune_module, prune_proto
+from tvm_nm.pruning import PruneRequest
+from tvm_nm.rearrangement import OrderSearch
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.torch import Augmentation, Objective, TrainingOptions, import_model, train
-from tvm_nm.torch.finetune import judge
 from tvm_nm.torch.progress import TrainingProgress
 
 SPEEDUP = 1.55  # what the first paper reports
@@ -61,14 +64,10 @@ class Row:
         What was done.
     prune
         From the dense network to the one to be trained: a model and the masks to lock, None for those of its zeros.
-    as_pattern
-        Pattern of the build whose time is taken, where the trained file does not show it: rearranged filters are in
-        another order in the build than in the file. Equal shapes and counts take equal time.
     """
 
     name: str
     prune: Callable[[], tuple[onnx.ModelProto, dict[str, BoolArray] | None]]
-    as_pattern: str | None = None
 
 
 class Reproduction:
@@ -113,6 +112,13 @@ class Reproduction:
         options = replace(self.options, epochs=self.args.epochs, learning_rate=self.args.lr, warmup=0.15)
         return self._trained("dense", lambda: (self._make(), None), options, self.test)
 
+    def pruned(self, plan: Plan, calibrated: bool = False, rearrange: OrderSearch = "none") -> onnx.ModelProto:
+        """Return the dense network pruned to a plan: by magnitude, or by Optimal Brain Surgeon on images."""
+        path = self.work / "dense.onnx"
+        images, method = (self.calibration, Method.OBS) if calibrated else (None, Method.MAGNITUDE)
+        imported = import_onnx(path, verify=False)
+        return prune_imported(imported, onnx.load(path), plan, images, method, rearrange).model
+
     def top1(self, row: Row, seed: int) -> float:
         """Return a row's top-1 after training."""
         options = replace(self.options, epochs=self.args.tune_epochs, learning_rate=self.args.tune_lr, seed=seed)
@@ -120,8 +126,8 @@ class Reproduction:
         record = self.work / f"{stem}.json"
         if not record.is_file():
             model = self._trained(stem, row.prune, options)
-            answers = judge(model, self.test)
-            score = compare_answers(answers, answers, self.test.labels)
+            answers = answers_of_onnx(model, self.test)
+            score = compare(answers, answers, self.test)
             write_text(record, json.dumps({"row": row.name, "seed": seed, "top1": score.top1}), "score")
         return float(json.loads(record.read_text())["top1"])
 
@@ -136,12 +142,10 @@ class Reproduction:
         models = {}
         for row in {reference.name: reference, **{row.name: row for row in rows}}.values():
             path = self.work / f"{_stem(row.name)}-{self.args.seeds[0]}.onnx"
-            path = path if row.as_pattern is None and path.is_file() else self.work / "dense.onnx"
             plan = self.work / f"{_stem(row.name)}.plan.json"
             models[row.name] = compile_model(
                 path,
-                pattern=row.as_pattern or "dense",
-                density=0.5 if row.as_pattern is not None else None,
+                pattern="dense",  # the zeros are in the file
                 plan=plan if plan.is_file() else None,
                 threads=self.args.threads,
                 database=self.args.db,
@@ -208,15 +212,11 @@ def first_rows(job: Reproduction) -> list[Row]:
             plan = planned("N:M, DP over L1", Goal(speedup=SPEEDUP), N_M, False)
         except InfeasibleBudgetError as error:
             raise SystemExit(f"reproduce_papers: N:M alone does not reach {SPEEDUP}x here: {error}") from error
-        dense = onnx.load(job.work / "dense.onnx")
-        _, masks = prune_by_plan(import_onnx(job.work / "dense.onnx", verify=False).module, plan)
-        return prune_onnx(dense, masks), None
+        return job.pruned(plan), None
 
     def best() -> tuple[onnx.ModelProto, None]:
         plan = planned("all patterns, calibrated", Goal(speedup=SPEEDUP), ("1x16", "1x16p", *N_M), True)
-        dense = onnx.load(job.work / "dense.onnx")
-        prune_proto(dense, import_onnx(job.work / "dense.onnx", verify=False).module, plan, job.calibration)
-        return dense, None
+        return job.pruned(plan, calibrated=True), None
 
     return [
         Row("dense", lambda: (job.dense(), {})),
@@ -228,11 +228,10 @@ def first_rows(job: Reproduction) -> list[Row]:
 def second_rows(job: Reproduction) -> list[Row]:
     """MobileNet-V2 at half of the weights of its 1x1 convolutions."""
 
-    def blocks(form: str, rearrange: str) -> Callable[[], tuple[onnx.ModelProto, None]]:
+    def blocks(form: str, rearrange: OrderSearch) -> Callable[[], tuple[onnx.ModelProto, None]]:
         def prune() -> tuple[onnx.ModelProto, None]:
             module = import_onnx(job.work / "dense.onnx", verify=False).module
-            _, masks = prune_module(module, PruneRequest.make(form, 0.5, rearrange=rearrange))
-            return prune_onnx(onnx.load(job.work / "dense.onnx"), masks), None
+            return job.pruned(PruneRequest.make(form, 0.5).plan(module), rearrange=rearrange), None
 
         return prune
 
@@ -251,7 +250,7 @@ def second_rows(job: Reproduction) -> list[Row]:
     rows = [Row("dense", lambda: (job.dense(), {})), Row("unstructured", unstructured)]
     for n in BLOCKS:
         rows.append(Row(f"1x{n}", blocks(f"1x{n}", "none")))
-        rows.append(Row(f"1x{n}, rearranged", blocks(f"1x{n}", "swap"), f"1x{n}"))
+        rows.append(Row(f"1x{n}, rearranged", blocks(f"1x{n}", "swap")))
 
     def filters() -> tuple[onnx.ModelProto, dict[str, BoolArray]]:
         return hidden_filters(onnx.load(job.work / "dense.onnx"), 0.5, job.args.width), {}

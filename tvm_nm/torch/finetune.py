@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import torch
 
-from tvm_nm.agreement import Agreement, compare_answers, predict, top1_interval
+from tvm_nm.agreement import Agreement
 from tvm_nm.calibration import CalibrationImages
 from tvm_nm.detect import detect_pattern
 from tvm_nm.errors import ArtifactError, ModelMismatchError, UnsupportedModelError
+from tvm_nm.evaluation import answers_of_onnx, compare
 from tvm_nm.json_file import write_bytes
 from tvm_nm.masks import BoolArray, mask_density
 from tvm_nm.oneshot import images_per_run
@@ -25,7 +26,7 @@ from tvm_nm.torch.network_stage import reconstruct_network
 from tvm_nm.torch.options import TrainingOptions
 from tvm_nm.torch.training import Status, Trained, train
 
-__all__ = ["FineTuned", "Images", "finetune_file", "input_shape", "judge"]
+__all__ = ["FineTuned", "Images", "finetune_file", "input_shape"]
 
 Images = Callable[[tuple[int, ...]], CalibrationImages]
 """From the input's shape (C, H, W) to images."""
@@ -124,9 +125,9 @@ def finetune_file(
     before = answers = None
     if judged is not None:
         tell("judging the model as it is")
-        answers = judge(reference or source, judged, threads)
-        found = answers if reference is None else judge(source, judged, threads)
-        before = compare_answers(answers, found, judged.labels)
+        answers = answers_of_onnx(reference or source, judged, threads)
+        found = answers if reference is None else answers_of_onnx(source, judged, threads)
+        before = compare(answers, found, judged)
     tell("training")
     if network_stage:
         assert reference is not None
@@ -148,17 +149,9 @@ def finetune_file(
     _verify(trained.model, data)
     after = None
     if judged is not None and answers is not None:
-        after = compare_answers(answers, judge(trained.model, judged, threads), judged.labels)
+        after = compare(answers, answers_of_onnx(trained.model, judged, threads), judged)
     write_bytes(output, trained.model.SerializeToString(), "model")
     return FineTuned(trained, before, after)
-
-
-def judge(model: onnx.ModelProto, images: CalibrationImages, threads: int | None = None) -> Any:
-    """Return a model's answers for all images in onnxruntime, float64 (N, classes)."""
-    network = OnnxNetwork(model)
-    size = images_per_run(network, images, threads)
-    run = network.segment(0, network.end, [network.output], threads=threads)
-    return predict(lambda batch: run({network.input: batch})[network.output], images, size)
 
 
 def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:
@@ -206,16 +199,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _score(score: Agreement | None) -> dict[str, Any] | None:
-    if score is None:
-        return None
-    return {
-        "images": score.images,
-        "top1": score.top1,
-        "standard_error": None if score.top1 is None else top1_interval(score.top1, score.images),
-        "dense_top1": score.dense_top1,
-        "agreement": score.same,
-        "divergence": score.divergence,
-    }
+    return None if score is None else score.to_dict()
 
 
 def _layer(name: str, mask: BoolArray) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import numpy as np
 
 from tvm_nm.costs import Candidate, CostTable, TimeSource
 from tvm_nm.errors import PlanError
+from tvm_nm.patterns import SparsityPattern
 
-__all__ = ["interpolate_times", "merge_tables"]
+__all__ = ["add_density", "interpolate_times", "merge_tables"]
 
 
 def interpolate_times(measured: Sequence[tuple[float, float]], densities: Sequence[float]) -> list[float]:
@@ -43,6 +44,30 @@ def interpolate_times(measured: Sequence[tuple[float, float]], densities: Sequen
         nearest = y[int(np.abs(x - density).argmin())]
         found.append(float(max(value, 0.1 * nearest)))
     return found
+
+
+def add_density(table: CostTable, pattern: SparsityPattern, density: float) -> CostTable:
+    """Return a table in which every layer that has a pattern has it at one more density, all of it interpolated."""
+    layers = []
+    for layer in table.layers:
+        known = [candidate for candidate in layer.candidates if candidate.pattern == pattern]
+        if known and layer.find(pattern, density) is None:
+
+            def between(values: Sequence[float], known: Sequence[Candidate] = known) -> float:
+                return interpolate_times([(c.density, v) for c, v in zip(known, values, strict=True)], [density])[0]
+
+            added = Candidate(
+                pattern,
+                density,
+                between([c.time_us for c in known]),
+                TimeSource.INTERPOLATED,
+                macs=round(between([c.macs for c in known])),
+                bytes=round(between([c.bytes for c in known])),
+                errors={metric: between([c.errors[metric] for c in known]) for metric in known[0].errors},
+            )
+            layer = dataclasses.replace(layer, candidates=(*layer.candidates, added))
+        layers.append(layer)
+    return dataclasses.replace(table, layers=tuple(layers))
 
 
 def merge_tables(first: CostTable, second: CostTable) -> CostTable:

@@ -99,6 +99,7 @@ def close_loop(
     *,
     constraints: Constraints | None = None,
     first: Plan | None = None,
+    dense_us: float | None = None,
     tuned: TunedKernels | None = None,
     rounds: int = MAX_ROUNDS,
     seconds: float = 6.0,
@@ -118,6 +119,8 @@ def close_loop(
         Where builds go; they are left there.
     first
         The plan to begin with, for instance one that was searched; default: the planner's.
+    dense_us
+        Time of the dense network on the scale of the table, for one that has been corrected; default: the table's.
     tuned
         Tuned kernel variants to build with.
     rounds
@@ -134,7 +137,7 @@ def close_loop(
     """
     step = progress or (lambda _: None)
     step("building the dense network")
-    dense_us = table.dense_us  # what shares are shares of, however the table is corrected
+    dense_us = dense_us or table.dense_us  # what shares are shares of, however the table is corrected
     dense = build_plan(imported, Plan(), target, directory / "dense", tuned)
     done: list[LoopRound] = []
     seen: set[tuple[object, ...]] = set()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cost_tables import table
 
-from tvm_nm.cost_merge import interpolate_times, merge_tables
+from tvm_nm.cost_merge import add_density, interpolate_times, merge_tables
 from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource
 from tvm_nm.errors import ArtifactError, PlanError
 from tvm_nm.patterns import NM, Dense, OneByN
@@ -134,3 +134,20 @@ def test_merging_prefers_better_sources_and_keeps_errors() -> None:
     assert [candidate.label for candidate in more.layers[0].candidates] == ["dense", "1x4 at 0.5", "1x16 at 0.25"]
     with pytest.raises(PlanError, match="threads is 1 in one and 2 in the other"):
         merge_tables(SMALL, dataclasses.replace(SMALL, threads=2))
+
+
+def test_a_density_more() -> None:
+    layer = SMALL.layers[0]
+    quarter = Candidate(OneByN(4), 0.25, 3.25, macs=100, bytes=40, errors={"l1": 0.8})
+    half = dataclasses.replace(layer.candidates[1], macs=300, bytes=80)
+    table = dataclasses.replace(
+        SMALL, layers=(dataclasses.replace(layer, candidates=(layer.candidates[0], half, quarter)), *SMALL.layers[1:])
+    )
+    added = add_density(table, OneByN(4), 0.375)
+    found = added.layers[0].find(OneByN(4), 0.375)
+    assert found is not None
+    assert (found.time_us, found.macs, found.bytes) == (pytest.approx((half.time_us + 3.25) / 2), 200, 60)
+    assert found.source is TimeSource.INTERPOLATED
+    assert found.errors["l1"] == pytest.approx((half.errors["l1"] + 0.8) / 2)
+    assert added.layers[1:] == table.layers[1:]  # they do not have the pattern
+    assert add_density(added, OneByN(4), 0.375) == added

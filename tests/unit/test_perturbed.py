@@ -14,7 +14,7 @@ from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.importance import add_norms
 from tvm_nm.inventory import inventory, layer_weights
-from tvm_nm.output_error import OUTPUT, _errors, add_output_errors, divergence_curve, probe_candidates
+from tvm_nm.output_error import OUTPUT, _errors, add_output_errors, probe_candidates, sensitivity_of
 from tvm_nm.patterns import Dense, OneByN
 from tvm_nm.perturbed import LayerParameters, MagnitudeWeights, PerturbedNetwork, kl_divergence
 from tvm_nm.plan import LayerChoice, Plan
@@ -126,7 +126,7 @@ def calibration(imported: ImportedModel, network: PerturbedNetwork, images: np.n
     return Calibration(images, network, MagnitudeWeights(network, layer_weights(imported.module), {}), "magnitude")
 
 
-def test_losses_are_divergences_of_one_layer_alone(imported: ImportedModel, images: np.ndarray) -> None:
+def test_losses_are_sensitivities_times_powers_of_errors(imported: ImportedModel, images: np.ndarray) -> None:
     network = open_network(imported)
     given = calibration(imported, network, images)
     table = add_output_errors(costs(imported), given)
@@ -139,19 +139,30 @@ def test_losses_are_divergences_of_one_layer_alone(imported: ImportedModel, imag
         errors = [candidate.errors[OUTPUT] for candidate in layer.candidates]
         assert errors[0] == 0
         assert errors == sorted(errors)
-        assert errors[-1] == pytest.approx(1)
-    # Every candidate is measured here, so ratios of losses are those of divergences.
-    dense = network.run(images)
-
-    def divergence(name: str, density: float) -> float:
-        return kl_divergence(dense, network.run(images, {name: given.source.parameters(name, OneByN(4), density)}))
-
+        assert layer.sensitivity[OUTPUT] > 0
+    # The first convolution by hand: its input is the image.
     first, second = convs[:2]
-    half, quarter = first.find(OneByN(4), 0.5), second.find(OneByN(4), 0.25)
+    run, dense = network.layer_runner(first.name), network.weight(first.name)
+    weight = given.source.parameters(first.name, OneByN(4), 0.5).weight
+    half = first.find(OneByN(4), 0.5)
     assert half is not None
-    assert quarter is not None
-    want = divergence(first.name, 0.5) / divergence(second.name, 0.25)
-    assert first.loss(half, OUTPUT) / second.loss(quarter, OUTPUT) == pytest.approx(want, rel=1e-3)
+    change = np.square(run(images, dense - weight)).sum()
+    parts = [run(images[i : i + 16], dense) for i in (0, 16)]  # the variance is that within batches
+    variance = sum(np.square(part - part.mean((0, 2, 3), keepdims=True)).sum() for part in parts)
+    assert half.errors[OUTPUT] == pytest.approx((change / variance) ** 1.5, rel=1e-3)
+    # Two layers' sensitivities by hand.
+    answers = network.run(images)
+
+    def by_hand(layer: LayerCosts) -> float:
+        shares = [candidate.errors[OUTPUT] ** (1 / 1.5) for candidate in layer.candidates]
+        points = []
+        for index in probe_candidates(layer, shares):
+            changed = given.source.parameters(layer.name, OneByN(4), layer.candidates[index].density)
+            points.append((shares[index], kl_divergence(answers, network.run(images, {layer.name: changed}))))
+        return sensitivity_of(points)
+
+    ratio = first.sensitivity[OUTPUT] / second.sensitivity[OUTPUT]
+    assert ratio == pytest.approx(by_hand(first) / by_hand(second), rel=1e-3)
 
 
 def test_errors_count_the_bias(imported: ImportedModel, images: np.ndarray) -> None:
@@ -178,27 +189,24 @@ def test_layers_that_cannot_be_replaced_get_their_norm(imported: ImportedModel, 
     network = PerturbedNetwork(imported.onnx, names[:2], 1)
     table = add_output_errors(costs(imported), calibration(imported, network, images[:8]))
     third = table.layers[2]
-    assert [c.errors[OUTPUT] for c in third.candidates] == [c.errors["l2"] for c in third.candidates]
+    assert [c.errors[OUTPUT] for c in third.candidates] == [c.errors["l2"] ** 1.5 for c in third.candidates]
     measured = [layer.sensitivity[OUTPUT] for layer in table.layers[:2]]
     assert third.sensitivity[OUTPUT] == pytest.approx(np.mean(measured))
 
 
-def test_probes_are_ends_and_what_lies_between_of_each_pattern() -> None:
-    densities = (0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0625)
-    sparse = [Candidate(OneByN(n), d, 1.0) for n in (4, 16) for d in densities]
+def test_probes_are_near_small_and_larger_errors_of_each_pattern() -> None:
+    sparse = [Candidate(OneByN(n), d, 1.0) for n in (4, 16) for d in (0.75, 0.5, 0.25, 0.125)]
     layer = LayerCosts("a", "conv", "", "", 1, (Candidate(Dense(), 1.0, 1.0), *sparse))
-    assert probe_candidates(layer) == (1, 3, 5, 7, 8, 10, 12, 14)
-    assert probe_candidates(dataclasses.replace(layer, candidates=layer.candidates[:3])) == (1, 2)
-    assert probe_candidates(dataclasses.replace(layer, candidates=layer.candidates[:1])) == ()
+    assert probe_candidates(layer, [0.0, 0.02, 0.11, 0.5, 0.9, 0.001, 0.04, 0.2, 0.35]) == (1, 2, 3, 6, 7, 8)
+    assert probe_candidates(layer, [0.0, 0.5, 0.6, 0.7, 0.9, 1e-12, 0.0, 0.0, 0.0]) == (1,)
+    assert probe_candidates(layer, [0.0] * 9) == ()
 
 
-def test_divergences_between_and_beside_those_measured() -> None:
-    points = [(0.01, 0.001), (0.1, 0.1)]  # the square
-    found = divergence_curve(points, [0.0, 0.01, 0.02, 0.05, 0.1, 0.005, 0.4])
-    assert found == pytest.approx([0.0, 0.001, 0.004, 0.025, 0.1, 0.0005, 0.8])
-    noisy = divergence_curve([(0.01, 0.02), (0.02, 0.01), (0.04, 0.05)], [0.01, 0.015, 0.02, 0.04])
-    assert noisy == pytest.approx([0.02, 0.02, 0.02, 0.05])
-    assert divergence_curve([(0.1, 0.0)], [0.0, 0.1]) == pytest.approx([0.0, 0.0], abs=1e-8)
+def test_sensitivities_are_mean_ratios() -> None:
+    assert sensitivity_of([(0.1, 0.05), (0.2, 0.4)]) == pytest.approx(1.0)
+    assert sensitivity_of([(0.5, 1.0)]) == pytest.approx(2.0)
+    assert sensitivity_of([(0.5, 0.0)]) == pytest.approx(2e-9)
+    assert sensitivity_of([]) == 0
 
 
 def test_search_never_gets_worse_and_meets_the_budget(imported: ImportedModel, images: np.ndarray) -> None:

@@ -45,6 +45,7 @@ from tvm_nm.plan_loop import MAX_ROUNDS, TOLERANCE, LoopResult, LoopRound, close
 from tvm_nm.plan_search import search_plan
 from tvm_nm.planner import Planner
 from tvm_nm.planning import make_plan, uniform_points
+from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.tables import tuned_kernels
 
 WAYS = ("uniform 1x4p", "uniform 1x16p", "l1", "output", "search")
@@ -175,6 +176,7 @@ def open_study(options: argparse.Namespace) -> Study:
         *(imported, target, costs, grid),
         include=options.include,
         tuned=tuned,
+        trials=None if options.db is None else TuningDatabase(options.db, target),
         seconds=options.seconds,
         progress=say,
     )

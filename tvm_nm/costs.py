@@ -27,11 +27,14 @@ _FORMAT = "tvm_nm costs"
 
 
 class TimeSource(enum.Enum):
-    """Where a time comes from, the most trustworthy first."""
+    """Where a time comes from, the most trustworthy first.
+
+    MEASURED is in the network; TUNED in a tuning database, scaled to the network; INTERPOLATED between other densities.
+    """
 
     MEASURED = "measured"
+    TUNED = "tuned"
     INTERPOLATED = "interpolated"
-    PREDICTED = "predicted"
 
 
 @dataclass(frozen=True, slots=True)

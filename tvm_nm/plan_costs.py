@@ -23,6 +23,8 @@ from tvm_nm.plan_calibration import Calibration
 from tvm_nm.plan_check import check_match
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
 from tvm_nm.schedules.tuned import TunedKernels
+from tvm_nm.tuned_costs import add_tuned_times
+from tvm_nm.tuning.database import TrialTable
 
 __all__ = ["NEEDS_IMAGES", "check_measurable", "cost_table", "with_importance"]
 
@@ -38,11 +40,16 @@ def cost_table(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tuned: TunedKernels | None = None,
+    trials: TrialTable | None = None,
     seconds: float = 20.0,
     early: Callable[[float, float], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CostTable:
-    """Return a cost table for a model: the given one, with what it lacks measured; see `plan_model`."""
+    """Return a cost table for a model: the given one, with what it lacks measured.
+
+    Parameters are as for `plan_model` and `measure_costs`; `trials` are tuned times to put in the place of interpolated
+    ones.
+    """
     table = costs if isinstance(costs, CostTable) else None
     path = None if costs is None or isinstance(costs, CostTable) else Path(costs)
     if path is not None and path.exists():
@@ -63,7 +70,7 @@ def cost_table(
             )
         known = {str(candidate.pattern) for layer in table.layers for candidate in layer.candidates}
         if grid is None or known >= {str(pattern) for pattern in grid.patterns}:
-            return table
+            return table if trials is None else add_tuned_times(table, imported.module, trials)
         patterns = tuple(pattern for pattern in grid.patterns if str(pattern) not in known)
         grid = dataclasses.replace(grid, patterns=patterns)
     check_measurable(target)
@@ -77,6 +84,8 @@ def cost_table(
         progress=progress,
     )
     table = found if table is None else merge_tables(table, found)
+    if trials is not None:
+        table = add_tuned_times(table, imported.module, trials)
     table = with_importance(imported, table, "l1")
     if path is not None:
         table.save(path)

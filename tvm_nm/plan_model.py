@@ -36,6 +36,7 @@ from tvm_nm.planner import Planner, Solution
 from tvm_nm.planning import Goal, make_plan, uniform_points
 from tvm_nm.pruning import Images, chosen_method, open_for
 from tvm_nm.reference import reference_model_path
+from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.tables import tuned_kernels
 
 __all__ = ["Planned", "plan_model"]
@@ -140,6 +141,7 @@ def plan_model(
         include=include,
         exclude=exclude,
         tuned=tuned,
+        trials=None if database is None else TuningDatabase(database, chosen),
         seconds=seconds,
         early=goal.check_reachable,
         progress=step,

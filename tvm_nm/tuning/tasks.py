@@ -24,7 +24,7 @@ from tvm_nm.schedules.packing import kept_per_block_row
 from tvm_nm.schedules.winograd import winograd_applies
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["ModelTask", "layer_task", "model_tasks"]
+__all__ = ["ModelTask", "conv_workloads", "layer_task", "model_tasks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,15 @@ def model_tasks(
         for task in _layer_tasks(fused, machine, wanted if layer.name in eligible else []):
             names.setdefault(task, []).append(layer.name)
     return tuple(ModelTask(task, tuple(found)) for task, found in names.items())
+
+
+def conv_workloads(module: tvm.IRModule) -> dict[str, ConvWorkload]:
+    """Return a canonical module's convolutions with the epilogues that they are compiled with, by layer name."""
+    return {
+        fused.found.layer.name: conv_workload(fused.found.layer, fused.epilogue)
+        for fused in _fused_layers(module)
+        if fused.found.layer.kind == "conv"
+    }
 
 
 def layer_task(work: ConvWorkload, threads: int, pattern: SparsityPattern, density: float) -> KernelTask:

@@ -108,6 +108,7 @@ class Study:
             given = self.calibration
             found = search_plan(
                 *(table, "output", budget_us, given.network, given.images[: self.options.search_images], given.source),
+                repair=given.repair,
                 trials=self.options.trials,
                 progress=say,
             )

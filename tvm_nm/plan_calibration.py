@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tvm_nm.calibration import CalibrationImages
+from tvm_nm.channel_repair import ChannelRepair
 from tvm_nm.costs import CostTable
 from tvm_nm.frontend import ImportedModel
 from tvm_nm.inventory import inventory, layer_weights
 from tvm_nm.layer_pruning import Method
 from tvm_nm.oneshot import channel_importance, images_per_run
-from tvm_nm.onnx_network import OnnxNetwork
+from tvm_nm.onnx_network import LayerWeights, OnnxNetwork
 from tvm_nm.patterns import SparsityPattern
 from tvm_nm.perturbed import LayerParameters, MagnitudeWeights, PerturbedNetwork, WeightSource
 from tvm_nm.reconstruction import Options
 from tvm_nm.reconstruction_db import ReconstructionDatabase, build_database
 
-__all__ = ["MOST_IMAGES", "Calibration", "ReconstructedWeights", "calibrate"]
+__all__ = ["MOST_IMAGES", "Calibration", "ReconstructedWeights", "Repair", "calibrate"]
 
 MOST_IMAGES = 256
 """Calibration images that estimates of losses look at, at most; reconstruction uses all of them."""
+
+
+Repair: TypeAlias = Callable[[Mapping[str, LayerParameters]], Mapping[str, LayerParameters]]
+"""From the parameters of all pruned layers, by name, to better ones."""
+_REPAIR_IMAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +48,15 @@ class Calibration:
         The weights that pruned layers get.
     origin
         Method and images in words, to tell whether estimates can be used again.
+    repair
+        Sets right what pruned layers do to those behind them, in a whole network of them; None leaves them as they are.
     """
 
     images: NDArray[np.float32]
     network: PerturbedNetwork
     source: WeightSource
     origin: str
+    repair: Repair | None = None
 
 
 class ReconstructedWeights:
@@ -109,7 +119,8 @@ def calibrate(
     network = PerturbedNetwork(imported.onnx, [layer.name for layer in pruned])
     groups = {layer.name: layer.groups for layer in inventory(imported.module)}
     source: WeightSource = MagnitudeWeights(network, layer_weights(imported.module), groups)
-    fingerprint = data.fingerprint
+    fingerprint, images = data.fingerprint, _spread_images(data)
+    repair: Repair | None = None
     if method is not Method.MAGNITUDE:
         walked = OnnxNetwork(imported.onnx)
         options = Options(method=method)
@@ -126,7 +137,24 @@ def calibrate(
             progress=lambda name, number, count: step(f"pruning to all candidates ({number + 1} of {count}: {name})"),
         )
         source = ReconstructedWeights(database, source)
-    return Calibration(_spread_images(data), network, source, f"{method.value}, images {fingerprint[:16]}")
+        repair = _repair(walked, wanted, images[:: -(-len(images) // _REPAIR_IMAGES)], size)
+    return Calibration(images, network, source, f"{method.value}, images {fingerprint[:16]}", repair)
+
+
+def _repair(network: OnnxNetwork, layers: Iterable[str], images: NDArray[np.float32], size: int) -> Repair:
+    """Set channels' means and deviations right on some of the images."""
+    channels = ChannelRepair(network, layers, iter([images[i : i + size] for i in range(0, len(images), size)]))
+    known = set(layers)
+
+    def repair(changed: Mapping[str, LayerParameters]) -> Mapping[str, LayerParameters]:
+        weights = {
+            name: LayerWeights(given.weight, given.bias)
+            for name, given in changed.items()
+            if name in known and given.bias is not None
+        }
+        return {**changed, **{name: LayerParameters(w.weight, w.bias) for name, w in channels(weights).items()}}
+
+    return repair
 
 
 def _spread_images(data: CalibrationImages) -> NDArray[np.float32]:

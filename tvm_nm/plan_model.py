@@ -232,6 +232,7 @@ def _search(
     images = calibration.images[: int(np.clip(_SEARCH_MACS / macs / trials, 16, 256))]
     return search_plan(
         *(table, metric, goal.budget_us(table), calibration.network, images, calibration.source),
+        repair=calibration.repair,
         constraints=constraints,
         trials=trials,
         progress=step,

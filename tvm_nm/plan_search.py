@@ -9,7 +9,7 @@ fewer places.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tvm_nm.constraints import Constraints
 from tvm_nm.costs import CostTable
 from tvm_nm.perturbed import LayerParameters, PerturbedNetwork, WeightSource, kl_divergence
+from tvm_nm.plan_calibration import Repair
 from tvm_nm.planner import Planner, Solution
 
 __all__ = ["SearchResult", "search_plan", "stitched_divergence"]
@@ -61,6 +62,7 @@ def search_plan(
     images: NDArray[np.float32],
     source: WeightSource,
     *,
+    repair: Repair | None = None,
     constraints: Constraints | None = None,
     trials: int = _TRIALS,
     seed: int = 0,
@@ -78,6 +80,8 @@ def search_plan(
         What the stitched network is judged with; images float32 (N, C, H, W), no labels.
     source
         Parameters of pruned layers, such as a database of reconstructed ones.
+    repair
+        Sets right what these do to layers behind them; see `tvm_nm.plan_calibration.Calibration`.
     trials
         Coefficient vectors to try.
     seed
@@ -103,7 +107,7 @@ def search_plan(
         changed = _with_sensitivity(table, metric, sensitivity)
         choices = Planner(changed, "search", constraints, buckets=_BUCKETS).solve(budget_us).choices
         if choices not in known:
-            known[choices] = stitched_divergence(table, choices, network, images, source, dense)
+            known[choices] = stitched_divergence(table, choices, network, images, source, dense, repair)
         return known[choices], changed
 
     best_vector = base
@@ -128,7 +132,7 @@ def search_plan(
         if found < best:
             best, best_vector, best_table = found, vector, changed
     solution = Planner(best_table, "search", constraints).solve(budget_us)
-    final = stitched_divergence(table, solution.choices, network, images, source, dense)
+    final = stitched_divergence(table, solution.choices, network, images, source, dense, repair)
     if final > best:  # finer buckets planned something else: take what was judged
         solution, final = Planner(best_table, "search", constraints, buckets=_BUCKETS).solve(budget_us), best
     return SearchResult(best_table, solution, final, first, len(known))
@@ -141,6 +145,7 @@ def stitched_divergence(
     images: NDArray[np.float32],
     source: WeightSource,
     dense: NDArray[np.float64] | None = None,
+    repair: Repair | None = None,
 ) -> float:
     """Return how far the network with all its layers pruned is from the dense one, in nats.
 
@@ -148,22 +153,22 @@ def stitched_divergence(
     ----------
     table, choices
         Index of each layer's candidate.
-    network, images, source
+    network, images, source, repair
         As for `search_plan`.
     dense
         The dense network's answers, if they are known.
     """
     dense = _answers(network, images, {}) if dense is None else dense
-    changed = {}
+    changed: dict[str, LayerParameters] = {}
     for layer, index in zip(table.layers, choices, strict=True):
         candidate = layer.candidates[index]
         if not candidate.is_dense and layer.name in network.layers:
             changed[layer.name] = source.parameters(layer.name, candidate.pattern, candidate.density)
-    return kl_divergence(dense, _answers(network, images, changed))
+    return kl_divergence(dense, _answers(network, images, changed if repair is None else repair(changed)))
 
 
 def _answers(
-    network: PerturbedNetwork, images: NDArray[np.float32], changed: dict[str, LayerParameters]
+    network: PerturbedNetwork, images: NDArray[np.float32], changed: Mapping[str, LayerParameters]
 ) -> NDArray[np.float64]:
     parts = [network.run(images[start : start + _BATCH], changed) for start in range(0, len(images), _BATCH)]
     return np.concatenate(parts)

@@ -13,13 +13,14 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tvm_nm.channel_repair import ChannelRepair
 from tvm_nm.errors import ArtifactError
 from tvm_nm.json_file import read_json, write_bytes, write_text
 from tvm_nm.layer_pruning import Fit, fit_layer
@@ -253,53 +254,4 @@ def stitch(
     }
     if batches is None:
         return found
-    return _repaired(network, found, batches, options or Options())
-
-
-def _repaired(
-    network: OnnxNetwork,
-    weights: Mapping[str, LayerWeights],
-    batches: Iterator[NDArray[np.float32]],
-    options: Options,
-) -> dict[str, LayerWeights]:
-    """Scale and shift each pruned layer's channels to the mean and deviation that they have in the dense network."""
-    dense = Walk(network, TensorStore(options.memory), options.threads)
-    dense.start(batches)
-    pruned = dense.fork()
-    result: dict[str, LayerWeights] = {}
-    for layer in sorted((network.layers[name] for name in weights), key=lambda x: x.position):
-        dense.advance(layer.position)
-        pruned.advance(layer.position, result)
-        place, output = layer.position, layer.output
-        wanted = network.segment(place, place + 1, [output], threads=options.threads)
-        given = network.segment(place, place + 1, [output], {layer.name: weights[layer.name]}, options.threads)
-        target, found = _Channels(layer.weight_shape[0]), _Channels(layer.weight_shape[0])
-        for before, now in zip(dense.batches, pruned.batches, strict=True):
-            target.add(wanted({layer.data: before[layer.data].get()})[output], layer.kind)
-            found.add(given({layer.data: now[layer.data].get()})[output], layer.kind)
-        (mean, deviation), (own_mean, own_deviation) = target.result(), found.result()
-        scale = np.where(own_deviation > 0, deviation / np.where(own_deviation > 0, own_deviation, 1), 1)
-        scale = np.clip(scale, 0.5, 2)
-        old = weights[layer.name]
-        bias = mean + scale * (old.bias - own_mean)
-        weight = old.weight * scale[:, None, None, None].astype(np.float32)
-        result[layer.name] = LayerWeights(weight.astype(np.float32), bias.astype(np.float32))
-    return result
-
-
-class _Channels:
-    """Mean and deviation of each output channel over batches."""
-
-    def __init__(self, count: int) -> None:
-        self._sum, self._square, self._count = np.zeros(count), np.zeros(count), 0
-
-    def add(self, output: NDArray[np.floating], kind: str) -> None:
-        axis = output.ndim - 1 if kind == "fc" else 1
-        flat = np.moveaxis(output, axis, 0).reshape(len(self._sum), -1).astype(np.float64)
-        self._sum += flat.sum(axis=1)
-        self._square += np.einsum("cp,cp->c", flat, flat)
-        self._count += flat.shape[1]
-
-    def result(self) -> Sequence[NDArray[np.float64]]:
-        mean = self._sum / self._count
-        return mean, np.sqrt(np.maximum(self._square / self._count - mean**2, 0))
+    return ChannelRepair(network, found, batches, options)(found)

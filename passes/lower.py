@@ -23,7 +23,7 @@ from tvm_nm.schedules.blocked_layout import blocked_layout_func
 from tvm_nm.schedules.chain import blocked_shape
 from tvm_nm.schedules.chain_code import chain_prim_func
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
-from tvm_nm.schedules.fc import FcKernel
+from tvm_nm.schedules.lane_conv import LaneConvKernel
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
 from tvm_nm.schedules.tuned import TunedKernels
@@ -166,13 +166,14 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         choice = self._alone.pop(fused.end, None) or self._choice(fused)
         kernel = choice.kernel
         function = self.builder_.add_func(
-            kernel_prim_func(kernel), "tvm_nm_fc" if isinstance(kernel, FcKernel) else "tvm_nm_conv"
+            kernel_prim_func(kernel), "tvm_nm_fc" if layer.kind == "fc" else "tvm_nm_conv"
         )
-        # A kernel may see a pointwise layer's map as a single row of pixels.
-        row_of_pixels = isinstance(kernel, ChannelConvKernel) and kernel.workload.height != layer.input_shape[2]
+        # A kernel may see a pointwise layer's map as a single row of pixels, a fully connected layer as one pixel.
         in_shape, out_shape = layer.input_shape, layer.output_shape
-        if row_of_pixels:
-            in_shape, out_shape = ((*shape[:2], 1, shape[2] * shape[3]) for shape in (in_shape, out_shape))
+        if isinstance(kernel, (ChannelConvKernel, LaneConvKernel)):
+            work = kernel.workload
+            in_shape = (work.batch, work.in_channels, work.height, work.width)
+            out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
         data = self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape)
         arguments = [data, as_constant(choice.packed.values)]
         if choice.packed.index is not None:
@@ -182,7 +183,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
             arguments.append(self._shaped(self.visit_expr(fused.residual), out_shape))
         self.reports.append(_report(fused, choice, function.name_hint))
         call = relax.call_tir(function, arguments, relax.TensorType(out_shape, "float32"))
-        return relax.op.reshape(self.builder_.emit(call), layer.output_shape) if row_of_pixels else call
+        return self._shaped(self.builder_.emit(call), layer.output_shape) if out_shape != layer.output_shape else call
 
     def _chain(self, choice: ChainChoice) -> relax.Call:
         """Return the copy of a chain's output to the usual layout; chains that follow read the blocked one instead."""

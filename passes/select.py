@@ -9,12 +9,15 @@ import numpy.typing as npt
 
 from tvm_nm.detect import Detection, detect_pattern
 from tvm_nm.inventory import Layer
-from tvm_nm.patterns import Dense, Granularity, OneByN, SparsityPattern
+from tvm_nm.patterns import NM, Dense, Granularity, OneByN, SparsityPattern
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.channel_packing import pack_channel_conv
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, pack_fc
 from tvm_nm.schedules.kernel_task import KernelTask
+from tvm_nm.schedules.lane_conv import LaneConvKernel
+from tvm_nm.schedules.lane_packing import pack_lane_conv
+from tvm_nm.schedules.lane_tiling import lane_candidates, lane_cycles
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row, pack_conv
 from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
@@ -23,7 +26,7 @@ from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_ap
 from tvm_nm.schedules.winograd_tiling import choose_winograd
 from tvm_nm.workload import ConvWorkload, Epilogue
 
-__all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload", "index_kind", "sparse_task"]
+__all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload", "index_kind", "nm_of", "sparse_task"]
 
 Weights = npt.NDArray[np.float32]
 
@@ -151,6 +154,8 @@ def _pack(kernel: Kernel, weights: Weights) -> PackedWeights:
         return pack_winograd(kernel, weights)
     if isinstance(kernel, ChannelConvKernel):
         return pack_channel_conv(kernel, weights)
+    if isinstance(kernel, LaneConvKernel):
+        return pack_lane_conv(kernel, weights)
     assert isinstance(kernel, ConvKernel)
     return pack_conv(kernel, weights)
 
@@ -184,6 +189,13 @@ def choose_fc(
             if kept < _FC_WORTHWHILE * in_features or always_sparse:
                 return Choice(sparse, pack_fc(sparse, matrix), str(detection.pattern), detection.density, "")
             note = f"{detection.pattern}: a block keeps {kept} of {in_features} inputs, built dense"
+    elif not note and isinstance(detection.pattern, NM):
+        lanes = _nm_fc(layer, epilogue, machine, detection.pattern)
+        if lanes is not None and (lanes.packed_bytes < _FC_WORTHWHILE * matrix.nbytes or always_sparse):
+            packed = pack_lane_conv(lanes, weights)
+            return Choice(lanes, packed, str(detection.pattern), detection.density, "")
+        note = f"{detection.pattern}: the FC kernel reads N:M for a batch of 1 and an M that divides {machine.lanes}"
+        note += ", where that saves bytes, built dense"
     elif not note and not isinstance(detection.pattern, Dense):
         note = f"{detection.pattern}: the FC kernel skips whole blocks of outputs only, built dense"
     dense = choose_fc_kernel(batch, in_features, out_features, epilogue, machine)
@@ -191,6 +203,15 @@ def choose_fc(
     if found is not None and isinstance(found.kernel, FcKernel):
         return Choice(found.kernel, pack_fc(found.kernel, matrix), "dense", detection.density, note, found.origin)
     return Choice(dense, pack_fc(dense, matrix), "dense", detection.density, note)
+
+
+def _nm_fc(layer: Layer, epilogue: Epilogue, machine: Machine, pattern: NM) -> LaneConvKernel | None:
+    """Return a kernel for an N:M layer of one input, as a convolution of one pixel; None where there is none."""
+    work = ConvWorkload(1, layer.input_shape[1], layer.weight_shape[0], 1, 1, (1, 1), epilogue=epilogue)
+    if layer.input_shape[0] != 1 or machine.lanes % pattern.m:
+        return None
+    found = lane_candidates(work, machine, machine.lanes // pattern.m * pattern.n)
+    return min(found, key=lambda kernel: lane_cycles(kernel, machine), default=None)
 
 
 def conv_workload(layer: Layer, epilogue: Epilogue) -> ConvWorkload:
@@ -246,4 +267,10 @@ def sparse_task(
     index = index_kind(pattern, work)
     block = min(pattern.block, work.out_channels_per_group)
     kept = int(kept_per_block_row(weights, work.groups, block, index).max(initial=0))
-    return KernelTask("conv", work, machine.threads, index, block, max(kept, 1))
+    of, group = nm_of(pattern)
+    return KernelTask("conv", work, machine.threads, index, block, max(kept, 1), of_group=of, group=group)
+
+
+def nm_of(pattern: SparsityPattern) -> tuple[int, int]:
+    """Return N and M of an N:M pattern whose output channels choose each for themselves, else zeros."""
+    return (pattern.n, pattern.m) if isinstance(pattern, NM) else (0, 0)

@@ -11,11 +11,12 @@ from tvm import s_tir
 from tvm.s_tir.schedule import ScheduleError
 
 from tvm_nm.schedules.channel_conv import CHANNEL_CONV_RULE
-from tvm_nm.schedules.channel_template import schedule_channel_conv
+from tvm_nm.schedules.channel_template import schedule_channel_conv, schedule_lane_conv
 from tvm_nm.schedules.conv import CONV_RULE
 from tvm_nm.schedules.conv_template import schedule_conv
 from tvm_nm.schedules.fc import FC_RULE, schedule_fc
 from tvm_nm.schedules.generic import schedule_generic
+from tvm_nm.schedules.lane_conv import LANE_CONV_RULE
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import POOL_RULE, schedule_pool
 from tvm_nm.schedules.prefetch import add_prefetches
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 TEMPLATES: dict[str, Callable[[s_tir.Schedule, Any], list[s_tir.Schedule]]] = {
     CONV_RULE: schedule_conv,
     CHANNEL_CONV_RULE: schedule_channel_conv,
+    LANE_CONV_RULE: schedule_lane_conv,
     FC_RULE: schedule_fc,
     POOL_RULE: schedule_pool,
     WINOGRAD_RULE: schedule_winograd,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import tvm
 from tvm import te, tirx
@@ -22,7 +22,7 @@ from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["CHANNEL_CONV_RULE", "ChannelConvKernel", "channel_conv_prim_func"]
+__all__ = ["CHANNEL_CONV_RULE", "ChannelConvKernel", "channel_conv_prim_func", "store_turned", "turned_sums"]
 
 CHANNEL_CONV_RULE = "tvm_nm_channel_conv"
 
@@ -131,6 +131,19 @@ class ChannelConvKernel:
         return f"channel-vector {self.vectors}x{self.tile_rows * self.tile_columns} {self.index.value} {copy}"
 
 
+class ChannelTile(Protocol):
+    """How a kernel with vectors of output channels splits a group's channels: rows of blocks, tiles, vectors."""
+
+    @property
+    def workload(self) -> ConvWorkload: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def oc_tile(self) -> int: ...
+
+
 @lru_cache(maxsize=512)
 def channel_conv_prim_func(kernel: ChannelConvKernel) -> tvm.tirx.PrimFunc:
     """Return the unscheduled PrimFunc of a kernel variant.
@@ -145,8 +158,8 @@ def channel_conv_prim_func(kernel: ChannelConvKernel) -> tvm.tirx.PrimFunc:
     out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
     residual = te.placeholder(out_shape, name="residual") if work.epilogue.residual else None
 
-    turned = _turned(_sums(kernel, _source(kernel, data), weight, index))
-    out = _store(kernel, turned, bias, residual, out_shape)
+    turned = turned_sums(_sums(kernel, _source(kernel, data), weight, index))
+    out = store_turned(kernel, turned, bias, residual, out_shape)
     arguments = [data, weight, index, bias, residual, out]
     func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
     return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
@@ -208,7 +221,7 @@ def _sums(kernel: ChannelConvKernel, source: te.Tensor, weight: te.Tensor, index
     return te.compute(shape, product, name="sums", attrs=attrs)
 
 
-def _turned(sums: te.Tensor) -> te.Tensor:
+def turned_sums(sums: te.Tensor) -> te.Tensor:
     """Return the sums with the pixels innermost; a single row of pixels has no vertical axis."""
     n, g, rows, tiles, vectors, height, width, lanes = sums.shape
     pixels = (width,) if int(height) == 1 else (height, width)
@@ -220,9 +233,10 @@ def _turned(sums: te.Tensor) -> te.Tensor:
     return te.compute((n, g, rows, tiles, vectors, lanes, *pixels), element, name="turned")
 
 
-def _store(
-    kernel: ChannelConvKernel, turned: te.Tensor, bias: te.Tensor, residual: te.Tensor | None, shape: tuple[int, ...]
+def store_turned(
+    kernel: ChannelTile, turned: te.Tensor, bias: te.Tensor, residual: te.Tensor | None, shape: tuple[int, ...]
 ) -> te.Tensor:
+    """Return the output of (n, group, row, tile, vector, lane, pixel): cropped, through the epilogue."""
     per_group, lanes = kernel.workload.out_channels_per_group, kernel.lanes
 
     def element(n: Any, oc: Any, y: Any, x: Any) -> Any:

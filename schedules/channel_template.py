@@ -26,10 +26,11 @@ from tvm import s_tir
 
 from tvm_nm.schedules.channel_conv import CHANNEL_CONV_RULE
 from tvm_nm.schedules.decisions import choose
+from tvm_nm.schedules.lane_conv import LANE_CONV_RULE
 from tvm_nm.schedules.transpose import transpose_intrinsic
 from tvm_nm.schedules.weight_stream import PASSES, STREAM
 
-__all__ = ["schedule_channel_conv"]
+__all__ = ["schedule_channel_conv", "schedule_lane_conv"]
 
 _MOST_ACCUMULATORS = 28
 
@@ -37,6 +38,10 @@ _MOST_ACCUMULATORS = 28
 @tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{CHANNEL_CONV_RULE}", override=True)  # type: ignore[untyped-decorator]
 def schedule_channel_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     """Schedule the convolution whose reduction is block `sums`; see `conv_template.schedule_conv`."""
+    return _schedule(sch, sums, lane_select=False)
+
+
+def _schedule(sch: s_tir.Schedule, sums: Any, *, lane_select: bool) -> list[s_tir.Schedule]:
     annotations = sch.get(sums).annotations
     rows, columns, kept_per_block, block = (
         int(annotations[f"tvm_nm_{name}"]) for name in ("tile_rows", "tile_columns", "kept_per_block", "block")
@@ -64,10 +69,20 @@ def schedule_channel_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule
     sch.compute_at(sums, task, preserve_unit_loops=True)
     _order_micro_kernel(sch, sums, rows, columns, kept_per_block)
     _transpose(sch, turned)
-    for pad in sch.get_producers(sums):
-        if sch.get(pad).name_hint == "pad":
-            _schedule_pad(sch, pad)
+    for copy in sch.get_producers(sums):
+        if sch.get(copy).name_hint == "interleaved":
+            _interleave(sch, copy)
+        elif sch.get(copy).name_hint == "pad" and lane_select:
+            _pad_vectors(sch, copy)
+        elif sch.get(copy).name_hint == "pad":
+            _schedule_pad(sch, copy)
     return [sch]
+
+
+@tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{LANE_CONV_RULE}", override=True)  # type: ignore[untyped-decorator]
+def schedule_lane_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
+    """Schedule the lane-select convolution whose reduction is block `sums`: the same nest, from vectors of inputs."""
+    return _schedule(sch, sums, lane_select=True)
 
 
 def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, rows: int, columns: int, kept_per_block: int) -> None:
@@ -107,3 +122,24 @@ def _schedule_pad(sch: s_tir.Schedule, pad: Any) -> None:
     if "tvm_nm_plane" in annotations:
         loops = [*loops[:-1], *sch.split(loops[-1], [int(extent) for extent in annotations["tvm_nm_plane"]])]
     sch.parallel(sch.fuse(*loops[:2]))
+
+
+def _interleave(sch: s_tir.Schedule, block: Any) -> None:
+    """Transpose rows of pixels to vectors of channels, in parallel over the vectors."""
+    n, vector, *pixels, lane = sch.get_loops(block)
+    lanes, *extents = (int(sch.get(loop).extent) for loop in (lane, *pixels))
+    whole = int(sch.get(block).annotations["tvm_nm_whole_vectors"])
+    shape = extents if len(extents) == 2 else (1, *extents)
+    intrinsic = transpose_intrinsic(lanes, *shape, to_rows=False) if whole else None
+    sch.parallel(sch.fuse(n, vector))
+    if intrinsic is not None:
+        sch.tensorize(pixels[0], intrinsic)
+
+
+def _pad_vectors(sch: s_tir.Schedule, pad: Any) -> None:
+    """Copy whole vectors, in parallel over the planes."""
+    for interleaved in sch.get_producers(pad):
+        _interleave(sch, interleaved)
+    n, vector, _, _, lane = sch.get_loops(pad)
+    sch.parallel(sch.fuse(n, vector))
+    sch.vectorize(lane)

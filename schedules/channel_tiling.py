@@ -16,7 +16,14 @@ from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["channel_candidates", "channel_cycles", "choose_channel_kernel", "predicted_channel_cycles"]
+__all__ = [
+    "channel_candidates",
+    "channel_cycles",
+    "choose_channel_kernel",
+    "compiles_well",
+    "predicted_channel_cycles",
+    "tiles_of",
+]
 
 _FMA_LATENCY = 4.0
 _LOADS_PER_CYCLE = 1.6
@@ -45,13 +52,13 @@ def _tile_cycles(vectors: int, pixels: int) -> float:
 def _map_cycles(work: ConvWorkload, vectors: int, rows: int, columns: int) -> float:
     """Cycles of one reduction step over the pixels of a map: full tiles and shorter last ones."""
     cycles = 0.0
-    for down in _tiles(work.out_height, rows):
-        for across in _tiles(work.out_width, columns):
+    for down in tiles_of(work.out_height, rows):
+        for across in tiles_of(work.out_width, columns):
             cycles += down[1] * across[1] * _tile_cycles(vectors, down[0] * across[0])
     return cycles
 
 
-def _tiles(extent: int, size: int) -> list[tuple[int, int]]:
+def tiles_of(extent: int, size: int) -> list[tuple[int, int]]:
     """Return (size, count) of the tiles that cover an extent."""
     full, rest = divmod(extent, size)
     return [(size, full)] + ([(rest, 1)] if rest else [])
@@ -166,14 +173,14 @@ def _variants(
     entries = work.in_channels * (1 if work.taps == 1 else kernel.channel_stride)
     kernel = replace(kernel, index_dtype="uint8" if entries <= 1 << 8 else "uint16" if entries <= 1 << 16 else "int32")
     for columns in range(1, min(most, work.out_width) + 1):
-        if _compiles_well(work.out_width, columns):
+        if compiles_well(work.out_width, columns):
             yield replace(kernel, tile_columns=columns)
     for rows in range(2, min(most // work.out_width, work.out_height) + 1):
-        if _compiles_well(work.out_height, rows):
+        if compiles_well(work.out_height, rows):
             yield replace(kernel, tile_rows=rows, tile_columns=work.out_width)
 
 
-def _compiles_well(extent: int, size: int) -> bool:
+def compiles_well(extent: int, size: int) -> bool:
     """Whether LLVM keeps the sums in registers: a single full tile it merges with a shorter last one, and spills."""
     return extent // size != 1 or extent % size == 0
 

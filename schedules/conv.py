@@ -91,13 +91,26 @@ class ConvKernel:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the packed weights: (groups, block rows, tiles, reduction..., oc_tile)."""
-        reduction = (self.kept,) if self.index is IndexKind.POSITION else (self.kept, *self.workload.kernel)
-        return (self.workload.groups, self.block_rows, self.tiles, *reduction, self.oc_tile)
+        """Shape of the packed weights: (groups, reduction blocks, block rows, tiles, reduction..., oc_tile).
+
+        All block rows of a reduction block follow one another, as they are used: one stream.
+        """
+        taps = () if self.index is IndexKind.POSITION else self.workload.kernel
+        rows = (self.reduction_blocks, self.block_rows, self.tiles, self.kept // self.reduction_blocks)
+        return (self.workload.groups, *rows, *taps, self.oc_tile)
 
     @property
     def index_shape(self) -> tuple[int, ...] | None:
-        return None if self.index is IndexKind.NONE else (self.workload.groups, self.block_rows, self.kept)
+        """Shape of the index table: (groups, reduction blocks, block rows, kept of a block)."""
+        if self.index is IndexKind.NONE:
+            return None
+        blocks = self.reduction_blocks
+        return (self.workload.groups, blocks, self.block_rows, self.kept // blocks)
+
+    @property
+    def reduction_blocks(self) -> int:
+        """Blocks that the packed weights cut the reduction into."""
+        return self.kept // self.kept_per_block if self.kept_per_block else 1
 
     @property
     def kept_channels(self) -> int:
@@ -187,6 +200,8 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
     kept = te.reduce_axis((0, kernel.kept), name="kept")
     ky = te.reduce_axis((0, work.kernel[0]), name="ky")
     kx = te.reduce_axis((0, work.kernel[1]), name="kx")
+    length = kernel.kept // kernel.reduction_blocks
+    cut, at = (0, kept) if length == kernel.kept else (tirx.indexdiv(kept, length), tirx.indexmod(kept, length))
 
     def within_input(channel: Any) -> Any:
         """Return `channel`, such that TVM's region analysis sees that a task's copy holds no more than all channels.
@@ -211,14 +226,14 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         pixel = v * lanes + lane
         if kernel.index is IndexKind.POSITION:
             assert index is not None
-            start = index[g, row, kept].astype("int32")
+            start = index[g, cut, row, at].astype("int32")
             if geometry.flat:
                 return read_flat(n, within_input(start), chunk, v, lane)
             return source[n, start + chunk * (geometry.rows_per_chunk * pitch) + pixel]
         if index is None:
             channel = g * work.in_channels_per_group + kept
         else:
-            channel = within_input(index[g, row, kept].astype("int32"))
+            channel = within_input(index[g, cut, row, at].astype("int32"))
         if geometry.flat:
             return read_flat(n, channel, chunk, v, lane)
         phase, tap = tap_position(geometry, ky, kx)
@@ -228,8 +243,8 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
     def product(n: Any, chunk: Any, g: Any, row: Any, tile: Any, o: Any, v: Any, lane: Any) -> Any:
         x = read(n, chunk, g, row, v, lane)
         if kernel.index is IndexKind.POSITION:
-            return te.sum(weight[g, row, tile, kept, o] * x, axis=[kept])
-        return te.sum(weight[g, row, tile, kept, ky, kx, o] * x, axis=[kept, ky, kx])
+            return te.sum(weight[g, cut, row, tile, at, o] * x, axis=[kept])
+        return te.sum(weight[g, cut, row, tile, at, ky, kx, o] * x, axis=[kept, ky, kx])
 
     shape = (
         work.batch,

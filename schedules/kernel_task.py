@@ -21,7 +21,8 @@ _TASK = re.compile(
     r"(?P<kind>conv|fc) (?:n(?P<n>\d+) )?(?P<ic>\d+)x(?P<h>\d+)x(?P<w>\d+)->(?P<oc>\d+) k(?P<kernel>\d+x\d+)"
     r"(?: s(?P<stride>\d+x\d+))?(?: p(?P<padding>\d+(?:,\d+){3}))?(?: d(?P<dilation>\d+x\d+))?(?: g(?P<groups>\d+))?"
     r" (?P<epilogue>bias\S*)"
-    r"; (?:dense|(?P<winograd>winograd)|1x(?P<block>\d+) (?P<index>channel|position) (?P<kept>\d+))"
+    r"; (?:dense|(?P<winograd>winograd)|1x(?P<block>\d+) (?P<index>channel|position) (?P<kept>\d+)"
+    r"(?: (?P<of_group>\d+) of (?P<group>\d+))?)"
     r"; (?P<threads>\d+) threads?"
 )
 _EPILOGUE = re.compile(r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?")
@@ -49,6 +50,9 @@ class KernelTask:
         Output channels that share their kept inputs; 0 for dense kernels.
     kept
         Inputs that a block row keeps: channels (`CHANNEL`) or positions (`POSITION`); 0 for dense kernels.
+    of_group, group
+        For N:M, N and M: every output channel keeps at most N of each M consecutive input channels of its group, at
+        each kernel position. 0 where nothing is known of that.
     winograd
         Whether it is computed by Winograd's algorithm: a task of its own, since who builds may not want that.
 
@@ -66,15 +70,19 @@ class KernelTask:
     block: int = 0
     kept: int = 0
     winograd: bool = False
+    of_group: int = 0
+    group: int = 0
 
     def __post_init__(self) -> None:
         if self.winograd and (self.index is not IndexKind.NONE or not winograd_applies(self.workload)):
             raise ValueError(f"Winograd's algorithm does not apply to {self!r}")
         if self.index is IndexKind.NONE:
-            if self.block or self.kept:
+            if self.block or self.kept or self.group:
                 raise ValueError(f"a dense task has neither block nor kept, not {self.block} and {self.kept}")
         elif self.block < 1 or not 1 <= self.kept <= self.inputs:
             raise ValueError(f"a sparse task keeps 1 to {self.inputs} inputs of blocks of 1 or more, not {self!r}")
+        if not (0 < self.of_group < self.group or self.of_group == self.group == 0):
+            raise ValueError(f"N:M keeps fewer than M, not {self.of_group} of {self.group}")
 
     @property
     def inputs(self) -> int:
@@ -121,6 +129,7 @@ class KernelTask:
         text += f" {work.epilogue}; "
         dense = "winograd" if self.winograd else "dense"
         text += dense if self.index is IndexKind.NONE else f"1x{self.block} {self.index.value} {self.kept}"
+        text += f" {self.of_group} of {self.group}" if self.group else ""
         return f"{text}; {self.threads} thread{'s' if self.threads > 1 else ''}"
 
     @classmethod
@@ -182,7 +191,8 @@ def parse_task(text: str) -> KernelTask:
     threads = int(found["threads"])
     if found["index"] is None:
         return KernelTask(kind, workload, threads, winograd=found["winograd"] is not None)
-    return KernelTask(kind, workload, threads, IndexKind(found["index"]), int(found["block"]), int(found["kept"]))
+    block, kept, *of = (int(found[name] or 0) for name in ("block", "kept", "of_group", "group"))
+    return KernelTask(kind, workload, threads, IndexKind(found["index"]), block, kept, False, *of)
 
 
 _EXAMPLE = "conv 64x56x56->64 k3x3 p1,1,1,1 bias+relu; 1x16 channel 32; 1 thread"

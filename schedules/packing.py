@@ -99,7 +99,7 @@ def pack_conv(kernel: ConvKernel, weights: npt.NDArray[np.float32]) -> PackedWei
         table = _offsets(kernel)[order] + (np.arange(groups) * in_channels * kernel.channel_stride)[:, None, None]
     if table.size and table.max() > np.iinfo(kernel.index_dtype).max:
         raise ValueError(f"offset {table.max()} does not fit {kernel.index_dtype}")
-    return PackedWeights(_to_tiles(values, kernel), table.astype(kernel.index_dtype))
+    return PackedWeights(_to_tiles(values, kernel), _in_blocks(table.astype(kernel.index_dtype), kernel))
 
 
 def random_index_table(kernel: ConvKernel, rng: np.random.Generator) -> npt.NDArray[np.integer] | None:
@@ -110,10 +110,16 @@ def random_index_table(kernel: ConvKernel, rng: np.random.Generator) -> npt.NDAr
     channels = np.arange(work.in_channels_per_group)
     entries = channels if kernel.index is IndexKind.CHANNEL else _offsets(kernel)
     rows = [np.sort(rng.permutation(len(entries))[: kernel.kept]) for _ in range(work.groups * kernel.block_rows)]
-    table = entries[np.stack(rows)].reshape(kernel.index_shape)
+    table = entries[np.stack(rows)].reshape(work.groups, kernel.block_rows, kernel.kept)
     step = len(channels) * (1 if kernel.index is IndexKind.CHANNEL else kernel.channel_stride)
     table = table + (np.arange(work.groups) * step)[:, None, None]
-    return table.astype(kernel.index_dtype)
+    return _in_blocks(table.astype(kernel.index_dtype), kernel)
+
+
+def _in_blocks(table: npt.NDArray[np.integer], kernel: ConvKernel) -> npt.NDArray[np.integer]:
+    """Split the reduction: (groups, rows, kept) to (groups, reduction blocks, rows, kept of a block)."""
+    split = table.reshape(*table.shape[:2], kernel.reduction_blocks, -1)
+    return np.ascontiguousarray(np.moveaxis(split, 2, 1))
 
 
 def _offsets(kernel: ConvKernel) -> npt.NDArray[np.int64]:
@@ -128,6 +134,8 @@ def _offsets(kernel: ConvKernel) -> npt.NDArray[np.int64]:
 
 
 def _to_tiles(values: npt.NDArray[np.float32], kernel: ConvKernel) -> npt.NDArray[np.float32]:
-    """Split channels: (groups, rows, channels, reduction...) to (groups, rows, tiles, reduction..., oc_tile)."""
-    split = values.reshape(*values.shape[:2], kernel.tiles, kernel.oc_tile, *values.shape[3:])
-    return np.ascontiguousarray(np.moveaxis(split, 3, -1))
+    """Split both: (groups, rows, channels, reduction...) to `ConvKernel.weight_shape`."""
+    groups, rows, _, kept, *taps = values.shape
+    blocks = kernel.reduction_blocks
+    split = values.reshape(groups, rows, kernel.tiles, kernel.oc_tile, blocks, kept // blocks, *taps)
+    return np.ascontiguousarray(np.moveaxis(np.moveaxis(split, 3, -1), 3, 1))

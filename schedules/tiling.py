@@ -31,6 +31,11 @@ __all__ = [
 
 _L1_BYTES = 40 * 1024
 _L2_BYTES_PER_CYCLE = 28.0
+# Narrow tiles load an input for each FMA: what does not fit L1 is felt at once, but they use little else of it.
+_NARROW_L1_BYTES = 44 * 1024
+_NARROW_L2_BYTES_PER_CYCLE = 48.0
+# Channels that lie a plane apart fall on few sets of L1.
+_NARROW_IN_PLACE = 1.2
 _COPY_BYTES_PER_CYCLE = 8.0
 _OWN_COPY_BYTES_PER_CYCLE = 12.0
 _PACK_BYTES_PER_CYCLE = 16.0
@@ -73,8 +78,15 @@ def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_
     cycles = max(fmas / 2, loads / _LOAD_SLOTS_PER_CYCLE, _FMA_LATENCY)
     copies = work.kernel[1] if geometry.column_copies else 1
     bytes_per_channel = work.kernel[0] * copies * (vectors * geometry.lanes + work.kernel[1] - 1) * 4
+    if oc_tile <= _MAX_BLOCKED_OC_TILE:
+        rows = vectors * geometry.lanes + (work.kernel[0] - 1) * geometry.pitch + work.kernel[1] - 1
+        tile_bytes = min(bytes_per_channel, 4 * copies * rows) * reduction_channels
+        beyond = max(0.0, 1 - _NARROW_L1_BYTES / tile_bytes)
+        cycles += beyond * vectors * geometry.lanes * 4 / _NARROW_L2_BYTES_PER_CYCLE
+        if geometry.copy is CopyScope.NONE:
+            cycles *= _NARROW_IN_PLACE
     # Of panels, every tile of channels begins with another one.
-    if bytes_per_channel * reduction_channels > _L1_BYTES or geometry.copy is CopyScope.CHUNK:
+    elif bytes_per_channel * reduction_channels > _L1_BYTES or geometry.copy is CopyScope.CHUNK:
         cycles = max(cycles, bytes_per_channel / work.taps / _L2_BYTES_PER_CYCLE)
         if geometry.copy in (CopyScope.NONE, CopyScope.LAYER):
             cycles += _STRIDED_STEP_CYCLES / work.kernel[1]
@@ -103,6 +115,14 @@ def _flush_cycles(kernel: ConvKernel) -> float:
         return 0.0
     blocks = kernel.kept // kernel.kept_per_block
     return blocks * kernel.geometry.vectors * kernel.oc_tile * _FLUSH_CYCLES_PER_VECTOR
+
+
+def _channels_read(work: ConvWorkload, oc_tile: int, kept: int, share: float) -> int:
+    """Return the input channels that L1 has to hold while a share of the reduction is computed.
+
+    Narrow block rows choose for themselves: each reads few of the channels, all of them together read all.
+    """
+    return math.ceil((work.in_channels_per_group if oc_tile <= _MAX_BLOCKED_OC_TILE else kept) * share)
 
 
 def _chunk_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_channels: int) -> float:
@@ -191,10 +211,8 @@ def predicted_cycles(kernel: ConvKernel) -> float:
     """Return the model's cycles of a kernel on one thread."""
     geometry, work = kernel.geometry, kernel.workload
     steps = kernel.kept * (1 if kernel.index is IndexKind.POSITION else work.taps)
-    channels = kernel.kept_channels
+    channels = _channels_read(work, kernel.oc_tile, kernel.kept_channels, kernel.kept_per_block / kernel.kept or 1.0)
     tiles = work.batch * geometry.chunks * work.groups * kernel.block_rows * kernel.tiles
-    if kernel.kept_per_block:
-        channels = channels * kernel.kept_per_block // kernel.kept
     step_cycles = _chunk_cycles(geometry, kernel.oc_tile, kernel.vectors_per_tile, channels)
     tasks = work.batch * geometry.chunks * work.groups * -(-kernel.block_rows // kernel.rows_per_task)
     return (
@@ -295,8 +313,8 @@ def variant(
     """
     work = geometry.workload
     row_block = min(block or oc_tile, work.out_channels_per_group)
-    length = kept_per_block or kept
-    channels = length if index is not IndexKind.POSITION else -(-length // work.taps)
+    kept_channels = kept if index is not IndexKind.POSITION else -(-kept // work.taps)
+    channels = _channels_read(work, oc_tile, kept_channels, kept_per_block / kept or 1.0)
     most = max(1, machine.accumulators // oc_tile)
     vectors = min(
         range(1, min(most, geometry.vectors) + 1),

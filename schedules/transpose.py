@@ -18,65 +18,78 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own script
 
 __all__ = ["register_named_intrinsics", "transpose_intrinsic", "turned_square"]
 
-_NAME = re.compile(r"tvm_nm_transpose_(\d+)_(\d+(?:x\d+)*)")
+_NAME = re.compile(r"tvm_nm_(transpose|interleave)_(\d+)_(\d+(?:x\d+)*)")
 
 
 @lru_cache(maxsize=256)
-def transpose_intrinsic(lanes: int, *shape: int) -> str | None:
+def transpose_intrinsic(lanes: int, *shape: int, to_rows: bool = True) -> str | None:
     """Register and name the intrinsic of `target[lane, *pixel] = source[*pixel, lane]`, float32, both contiguous.
+
+    With `to_rows` false it is the opposite, `target[*pixel, lane] = source[lane, *pixel]`; the source may have a single
+    row of pixels, whose axis the target lacks.
 
     Returns None where there are fewer pixels than lanes, or an axis of one pixel, which tensorize cannot match.
     """
-    if math.prod(shape) < lanes or 1 in shape:
+    if math.prod(shape) < lanes or 1 in (shape if to_rows else shape[-1:]):
         return None
-    name = f"tvm_nm_transpose_{lanes}_{'x'.join(map(str, shape))}"
-    description, implementation = _function(lanes, shape, _copy), _function(lanes, shape, _shuffle_tiles)
+    name = f"tvm_nm_{'transpose' if to_rows else 'interleave'}_{lanes}_{'x'.join(map(str, shape))}"
+    description, implementation = (_function(lanes, shape, body, to_rows) for body in (_copy, _shuffle_tiles))
     s_tir.TensorIntrin.register(name, description, implementation, override=True)
     return name
 
 
 def register_named_intrinsics(text: str) -> None:
     """Register the intrinsics that a text names: records of schedules cannot be read in a process that lacks them."""
-    for lanes, shape in set(_NAME.findall(text)):
-        transpose_intrinsic(int(lanes), *map(int, shape.split("x")))
+    for name, lanes, shape in set(_NAME.findall(text)):
+        transpose_intrinsic(int(lanes), *map(int, shape.split("x")), to_rows=name == "transpose")
 
 
-def _function(lanes: int, shape: tuple[int, ...], body: Callable[[Any, Any], None]) -> Any:
+def _function(lanes: int, shape: tuple[int, ...], body: Callable[[Any, Any, bool], None], to_rows: bool) -> Any:
+    vectors, rows = (*(shape[1:] if shape[0] == 1 else shape), lanes), (lanes, *shape)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("transpose")
-        source = T.match_buffer(T.arg("source", T.handle()), (*shape, lanes), "float32", offset_factor=1)
-        target = T.match_buffer(T.arg("target", T.handle()), (lanes, *shape), "float32", offset_factor=1)
+        shapes = (vectors, rows) if to_rows else (rows, vectors)
+        source = T.match_buffer(T.arg("source", T.handle()), shapes[0], "float32", offset_factor=1)
+        target = T.match_buffer(T.arg("target", T.handle()), shapes[1], "float32", offset_factor=1)
         with T.sblock("root"):
-            pixels, vector = tuple(slice(0, extent) for extent in shape), (slice(0, lanes),)
-            T.reads(source[pixels + vector])
-            T.writes(target[vector + pixels])
-            body(source, target)
+            T.reads(source[tuple(slice(0, extent) for extent in shapes[0])])
+            T.writes(target[tuple(slice(0, extent) for extent in shapes[1])])
+            body(source, target, to_rows)
     return builder.get()
 
 
-def _copy(source: Any, target: Any) -> None:
+def _copy(source: Any, target: Any, to_rows: bool) -> None:
     with T.grid(*target.shape) as loops, T.sblock("turned"):
         at = T.axis.remap("S" * len(loops), list(loops))
-        value = source[tuple(at[1:] + at[:1])]
+        unit = [0] * (len(source.shape) - len(at))
+        value = source[tuple(at[1:] + at[:1] if to_rows else at[-1:] + unit + at[:-1])]
         T.reads(value)
         T.writes(target[tuple(at)])
         T.buffer_store(target, value, at)
 
 
-def _shuffle_tiles(source: Any, target: Any) -> None:
+def _shuffle_tiles(source: Any, target: Any, to_rows: bool) -> None:
     """Transpose `lanes` pixels at a time; the last tile begins early enough to be whole."""
-    lanes, *shape = (int(extent) for extent in target.shape)
+    lanes, *shape = (int(extent) for extent in (target if to_rows else source).shape)
     pixels, width = math.prod(shape), shape[-1]
 
     def at(pixel: Any) -> list[Any]:
-        return [pixel] if len(shape) == 1 else [tirx.indexdiv(pixel, width), tirx.indexmod(pixel, width)]
+        return (
+            [pixel] if len(shape) == 1 or shape[0] == 1 else [tirx.indexdiv(pixel, width), tirx.indexmod(pixel, width)]
+        )
 
     with T.serial(0, -(-pixels // lanes)) as tile:
         start = T.Bind(tirx.min(tile * lanes, tirx.IntImm("int32", pixels - lanes)))
-        rows = [T.Bind(source.vload((*at(start + i), 0), f"float32x{lanes}")) for i in range(lanes)]
         *row, column = at(start)
-        for lane, values in enumerate(turned_square(rows)):
-            T.buffer_store(target, values, [lane, *row, tirx.Ramp(column, 1, lanes)])
+        if to_rows:
+            rows = [T.Bind(source.vload((*at(start + i), 0), f"float32x{lanes}")) for i in range(lanes)]
+            for lane, values in enumerate(turned_square(rows)):
+                T.buffer_store(target, values, [lane, *row, tirx.Ramp(column, 1, lanes)])
+        else:
+            row = row or [0] * (len(shape) - 1)
+            rows = [T.Bind(source.vload((lane, *row, column), f"float32x{lanes}")) for lane in range(lanes)]
+            for i, values in enumerate(turned_square(rows)):
+                T.buffer_store(target, values, [*at(start + i), tirx.Ramp(0, 1, lanes)])
 
 
 def turned_square(rows: list[Any]) -> list[Any]:

@@ -22,6 +22,8 @@ from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
 from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, fc_prim_func
 from tvm_nm.schedules.geometry import FLAT_SCOPES, CopyScope, PixelGeometry
 from tvm_nm.schedules.kernel_task import KernelTask
+from tvm_nm.schedules.lane_conv import LaneConvKernel, lane_conv_prim_func
+from tvm_nm.schedules.lane_tiling import lane_candidates, lane_cycles
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.tiling import (
     SCRATCH_BYTES,
@@ -47,7 +49,7 @@ __all__ = [
     "variant_text",
 ]
 
-Kernel: TypeAlias = ConvKernel | ChannelConvKernel | FcKernel | WinogradKernel
+Kernel: TypeAlias = ConvKernel | ChannelConvKernel | LaneConvKernel | FcKernel | WinogradKernel
 
 _BEST_LAYOUTS = 24
 _OF_CHANNELS = 6
@@ -59,6 +61,7 @@ _PIXEL = re.compile(
     r"pixel (?P<tile>\d+)x(?P<vectors>\d+) (?P<copy>direct|padded|own|packed|panels) pitch (?P<pitch>\d+)"
     r"(?P<copies> copies)? rows (?P<rows>\d+) task (?P<task>\d+)(?: cut (?P<cut>\d+))?"
 )
+_LANE = re.compile(r"lane (?P<vectors>\d+) tile (?P<rows>\d+)x(?P<columns>\d+)")
 _CHANNEL = re.compile(r"channel (?P<vectors>\d+) tile (?P<rows>\d+)x(?P<columns>\d+)")
 _WINOGRAD = re.compile(
     r"winograd (?P<tile>\d+) step (?P<step>\d+)x(?P<vectors>\d+)"
@@ -79,9 +82,10 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
             pixels = choose_kernel(work, machine)
         else:
             pixels = choose_kernel(work, machine, block=task.block, index=task.index, kept=task.kept)
-        channels = _channel_kernels(task, machine)
-        if channels and channel_cycles(channels[0], machine) < _OTHER_FAMILY * predicted_cycles(pixels):
-            return channels[0]
+        others = _channel_kernels(task, machine)[:1] + _lane_kernels(task, machine)[:1]
+        best = min(others, key=lambda kernel: kernel_cycles(kernel, machine), default=None)
+        if best is not None and kernel_cycles(best, machine) < _OTHER_FAMILY * predicted_cycles(pixels):
+            return best
         return pixels
     sizes = (work.batch, work.in_channels, work.out_channels)
     if task.index is IndexKind.NONE:
@@ -95,11 +99,22 @@ def kernel_cycles(kernel: Kernel, machine: Machine) -> float:
         return winograd_cycles(kernel, machine)
     if isinstance(kernel, ChannelConvKernel):
         return channel_cycles(kernel, machine)
+    if isinstance(kernel, LaneConvKernel):
+        return lane_cycles(kernel, machine)
     assert isinstance(kernel, ConvKernel)  # of fully connected layers, bytes decide
     return predicted_cycles(kernel)
 
 
-def _channel_kernels(task: KernelTask, machine: Machine) -> list[ChannelConvKernel]:
+def _lane_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
+    """Return the lane-select variants of an N:M convolution, by their predicted time; none where M does not fit."""
+    if task.block != 1 or not task.group or machine.lanes % task.group:
+        return []
+    found = lane_candidates(task.workload, machine, machine.lanes // task.group * task.of_group)
+    found.sort(key=lambda kernel: lane_cycles(kernel, machine))
+    return list[Kernel](found)
+
+
+def _channel_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
     """Return the channel-vector variants of a direct convolution, by their predicted time."""
     if task.index is IndexKind.NONE:
         found = channel_candidates(task.workload, machine)
@@ -107,7 +122,8 @@ def _channel_kernels(task: KernelTask, machine: Machine) -> list[ChannelConvKern
         # The family's tables hold positions.
         positions = task.kept * (task.workload.taps if task.index is IndexKind.CHANNEL else 1)
         found = channel_candidates(task.workload, machine, block=task.block, kept=positions)
-    return sorted(found, key=lambda kernel: channel_cycles(kernel, machine))
+    found.sort(key=lambda kernel: channel_cycles(kernel, machine))
+    return list[Kernel](found)
 
 
 def kernel_prim_func(kernel: Kernel) -> tvm.tirx.PrimFunc:
@@ -116,6 +132,8 @@ def kernel_prim_func(kernel: Kernel) -> tvm.tirx.PrimFunc:
         return winograd_prim_func(kernel)
     if isinstance(kernel, ChannelConvKernel):
         return channel_conv_prim_func(kernel)
+    if isinstance(kernel, LaneConvKernel):
+        return lane_conv_prim_func(kernel)
     return conv_prim_func(kernel) if isinstance(kernel, ConvKernel) else fc_prim_func(kernel)
 
 
@@ -128,6 +146,8 @@ def variant_text(kernel: Kernel) -> str:
         return f"{text} chunk {kernel.chunk_rows}x{kernel.chunk_columns}{' staged' if kernel.staged else ''}"
     if isinstance(kernel, ChannelConvKernel):
         return f"channel {kernel.vectors} tile {kernel.tile_rows}x{kernel.tile_columns}"
+    if isinstance(kernel, LaneConvKernel):
+        return f"lane {kernel.vectors} tile {kernel.tile_rows}x{kernel.tile_columns}"
     geometry = kernel.geometry
     text = f"pixel {kernel.oc_tile}x{kernel.vectors_per_tile} {geometry.copy.value}"
     text += f" pitch {geometry.pitch}{' copies' if geometry.column_copies else ''} rows {geometry.rows_per_chunk}"
@@ -151,7 +171,9 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     if task.winograd:
         return _winograd_from_text(text, task, machine)
     if text.startswith("channel"):
-        return _channel_from_text(text, task, machine)
+        return _one_of(_channel_kernels(task, machine), _CHANNEL, text, task)
+    if text.startswith("lane"):
+        return _one_of(_lane_kernels(task, machine), _LANE, text, task)
     found = _PIXEL.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r:.100} is no variant of a convolution")
@@ -181,10 +203,10 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     return replace(kernel, vectors_per_tile=vectors, rows_per_task=rows, kept_per_block=cut)
 
 
-def _channel_from_text(text: str, task: KernelTask, machine: Machine) -> ChannelConvKernel:
-    if _CHANNEL.fullmatch(text) is None:
+def _one_of(kernels: Iterable[Kernel], form: re.Pattern[str], text: str, task: KernelTask) -> Kernel:
+    if form.fullmatch(text) is None:
         raise ValueError(f"{text!r:.100} is no variant of a convolution")
-    for kernel in _channel_kernels(task, machine):
+    for kernel in kernels:
         if variant_text(kernel) == text:
             return kernel
     raise ValueError(f"{text!r:.100} does not fit {task}")
@@ -237,9 +259,9 @@ def ranked_kernels(task: KernelTask, machine: Machine, limit: int) -> list[Kerne
         if kernel not in chosen and count.get(layout_of, 0) < _SAME_LAYOUT:
             count[layout_of] = count.get(layout_of, 0) + 1
             chosen.append(kernel)
-    # The two families' models are not calibrated with each other: both are tried early.
-    channels = [kernel for kernel in _channel_kernels(task, machine)[:_OF_CHANNELS] if kernel not in chosen]
-    return [*chosen[:1], *_alternate(channels, chosen[1:])][:limit]
+    # The families' models are not calibrated with each other: all are tried early.
+    others = [*_channel_kernels(task, machine)[:_OF_CHANNELS], *_lane_kernels(task, machine)[:_OF_CHANNELS]]
+    return [*chosen[:1], *_alternate([kernel for kernel in others if kernel not in chosen], chosen[1:])][:limit]
 
 
 def _alternate(some: Sequence[Kernel], others: Sequence[Kernel]) -> list[Kernel]:
@@ -263,6 +285,10 @@ def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
         return list[Kernel](by_cycles)
     if isinstance(kernel, ChannelConvKernel):
         return _channel_steps(kernel, machine)
+    if isinstance(kernel, LaneConvKernel):
+        lanes = lane_candidates(kernel.workload, machine, kernel.per_vector)
+        ordered_lanes = sorted(lanes, key=lambda k: lane_cycles(k, machine))
+        return list[Kernel](k for k in ordered_lanes if _tile_differences(k, kernel) == 1)[:_OF_CHANNELS]
     found = {*_decisions(kernel), *_chunk_steps(kernel, machine), *_tile_steps(kernel, machine)} - {kernel}
     ordered = sorted((k for k in found if _is_valid(k, machine)), key=predicted_cycles)
     return list(ordered)
@@ -274,11 +300,14 @@ def _differences(one: WinogradKernel, other: WinogradKernel) -> int:
     return sum(getattr(one, name) != getattr(other, name) for name in names)
 
 
+def _tile_differences(one: ChannelConvKernel | LaneConvKernel, other: ChannelConvKernel | LaneConvKernel) -> int:
+    return sum(getattr(one, name) != getattr(other, name) for name in ("vectors", "tile_rows", "tile_columns"))
+
+
 def _channel_steps(kernel: ChannelConvKernel, machine: Machine) -> list[Kernel]:
     block = None if kernel.index is IndexKind.NONE else kernel.block
     found = channel_candidates(kernel.workload, machine, block=block, kept=kernel.kept)
-    names = ("vectors", "tile_rows", "tile_columns")
-    near = [k for k in found if sum(getattr(k, name) != getattr(kernel, name) for name in names) == 1]
+    near = [k for k in found if _tile_differences(k, kernel) == 1]
     return list[Kernel](sorted(near, key=lambda k: channel_cycles(k, machine))[:_OF_CHANNELS])
 
 

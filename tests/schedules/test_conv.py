@@ -285,6 +285,9 @@ def unpack(kernel: ConvKernel, values: np.ndarray, index: np.ndarray | None) -> 
         for channel in range(work.in_channels)
     }
     assert len(where) == work.taps * work.in_channels, "two inputs have one offset"
+    # The blocks of the reduction one after another again, for each row.
+    values = np.concatenate(np.moveaxis(values, 1, 0), axis=3)
+    index = None if index is None else np.concatenate(np.moveaxis(index, 1, 0), axis=2)
     groups, rows, tiles = values.shape[:3]
     for group, row, tile, o in np.ndindex(groups, rows, tiles, kernel.oc_tile):
         in_row = tile * kernel.oc_tile + o
@@ -320,7 +323,7 @@ def test_packing_loses_nothing(case: Case) -> None:
     else:
         assert packed.index.shape == kernel.index_shape
         assert packed.index.dtype == kernel.index_dtype
-        table = packed.index.astype(np.int64)
+        table = np.concatenate(np.moveaxis(packed.index, 1, 0), axis=2).astype(np.int64)
         assert (np.diff(np.sort(table)) > 0).all(), "an input is read twice"
         channel = table // kernel.channel_stride if kernel.index is IndexKind.POSITION else table
         assert (np.diff(channel) >= 0).all(), "inputs are read channel by channel"

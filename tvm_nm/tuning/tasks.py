@@ -13,7 +13,7 @@ from tvm_nm.errors import PlanError
 from tvm_nm.inventory import inventory, layer_calls
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
 from tvm_nm.passes.power import QuarterPowers
-from tvm_nm.passes.select import conv_workload, index_kind, sparse_task
+from tvm_nm.passes.select import conv_workload, index_kind, nm_of, sparse_task
 from tvm_nm.patterns import Dense, OneByN, SparsityPattern, parse_pattern
 from tvm_nm.plan import uniform_plan
 from tvm_nm.schedules.conv import IndexKind
@@ -124,7 +124,8 @@ def layer_task(work: ConvWorkload, threads: int, pattern: SparsityPattern, densi
     # Every block row keeps as much as the first one.
     saliency = np.random.default_rng(0).random((block, work.in_channels_per_group, *work.kernel), np.float32)
     kept = kept_per_block_row(pattern.mask(saliency, density).astype(np.float32), 1, block, index)
-    return KernelTask("conv", work, threads, index, block, int(kept.max()))
+    of, group = nm_of(pattern)
+    return KernelTask("conv", work, threads, index, block, int(kept.max()), of_group=of, group=group)
 
 
 def _wanted(

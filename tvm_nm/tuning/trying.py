@@ -29,6 +29,8 @@ from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.channel_packing import random_positions
 from tvm_nm.schedules.conv import ConvKernel
 from tvm_nm.schedules.kernel_task import parse_task
+from tvm_nm.schedules.lane_conv import LaneConvKernel
+from tvm_nm.schedules.lane_packing import random_lanes
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
 from tvm_nm.schedules.packing import random_index_table
 from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_from_text, kernel_prim_func
@@ -174,7 +176,7 @@ def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any,
     out: tuple[int, ...]
     data: tuple[int, ...]
     weight: tuple[int, ...]
-    if isinstance(kernel, (ConvKernel, ChannelConvKernel, WinogradKernel)):
+    if isinstance(kernel, (ConvKernel, ChannelConvKernel, LaneConvKernel, WinogradKernel)):
         work = kernel.workload
         out = (work.batch, work.out_channels, work.out_height, work.out_width)
         data, weight = (work.batch, work.in_channels, work.height, work.width), kernel.weight_shape
@@ -183,6 +185,8 @@ def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any,
             table = random_index_table(kernel, rng)
         if isinstance(kernel, ChannelConvKernel):
             table = random_positions(kernel, rng)
+        if isinstance(kernel, LaneConvKernel):
+            table = random_lanes(kernel, rng)
         residual, channels = work.epilogue.residual, work.out_channels
     else:
         out, data = (kernel.batch, kernel.out_features), (kernel.batch, kernel.in_features)

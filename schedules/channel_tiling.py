@@ -31,6 +31,7 @@ _LOOP_OVERHEAD = 1.0
 _TASK_OVERHEAD = 300.0
 _CARRY_CYCLES_PER_VECTOR = 1.5
 _STREAM_BYTES_PER_CYCLE = 12.0
+_MEMORY_BYTES_PER_CYCLE = 12.0
 _COPY_BYTES_PER_CYCLE = 8.0
 _OUTPUT_CYCLES_PER_VECTOR = 24.0
 _FAR_LINE_CYCLES = 20.0
@@ -77,6 +78,7 @@ def predicted_channel_cycles(kernel: ChannelConvKernel) -> float:
     return (
         tasks * (kernel.kept * step + carry + output + _TASK_OVERHEAD)
         + weights / _STREAM_BYTES_PER_CYCLE
+        + (weights / _MEMORY_BYTES_PER_CYCLE if weights > _L2_BYTES else 0.0)
         + _input_cycles(kernel, tasks)
     )
 

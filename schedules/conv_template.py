@@ -197,11 +197,14 @@ def _accumulate_in_scratch(sch: s_tir.Schedule, sums: Any, task: Any, vectors_pe
     tile_outer, tile_inner = _split_tile(sch, vector, vectors_per_tile)
     taps_loops = list(reduction[1:])
     sch.reorder(n, chunk, group, tile_outer, block_outer, row, tile, block_inner, *taps_loops, o, tile_inner, lane)
+    row_weights = [tile, block_inner, *taps_loops, o]
+    row_size = math.prod(int(sch.get(loop).extent) for loop in row_weights)
     sch.vectorize(lane)
     sch.unroll(tile_inner)
     sch.unroll(o)
     _unroll_taps(sch, [block_inner, *taps_loops], taps)
     sch.decompose_reduction(sums, block_outer)
+    sch.annotate(row, STREAM, row_size)  # not before: the loops that set the sums to zero would have it too
     return tile_outer
 
 

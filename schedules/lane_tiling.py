@@ -16,7 +16,7 @@ from tvm_nm.workload import ConvWorkload
 
 __all__ = ["lane_candidates", "lane_cycles"]
 
-_PAIRS_PER_CYCLE = 0.8
+_PAIRS_PER_CYCLE = 0.72
 _LATENCY = 7.0
 _LOOP_OVERHEAD = 2.0
 _TASK_OVERHEAD = 300.0

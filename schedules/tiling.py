@@ -31,11 +31,15 @@ __all__ = [
 
 _L1_BYTES = 40 * 1024
 _L2_BYTES_PER_CYCLE = 28.0
-# Narrow tiles load an input for each FMA: what does not fit L1 is felt at once, but they use little else of it.
+# Narrow tiles load an input for each FMA, and are bound by that: constants of their own.
 _NARROW_L1_BYTES = 44 * 1024
 _NARROW_L2_BYTES_PER_CYCLE = 48.0
+_NARROW_LOAD_SLOTS_PER_CYCLE = 1.75
+_NARROW_LOOP_OVERHEAD = 0.25
+_NARROW_LATENCY = 3.2
+_NARROW_FLUSH_CYCLES_PER_VECTOR = 3.8
 # Channels that lie a plane apart fall on few sets of L1.
-_NARROW_IN_PLACE = 1.2
+_NARROW_IN_PLACE = 1.35
 _COPY_BYTES_PER_CYCLE = 8.0
 _OWN_COPY_BYTES_PER_CYCLE = 12.0
 _PACK_BYTES_PER_CYCLE = 16.0
@@ -49,6 +53,8 @@ _FLUSH_CYCLES_PER_VECTOR = 1.5
 
 _L2_BYTES = 1 << 20
 _STREAM_BYTES_PER_CYCLE = 12.0
+# What comes from memory, which a network's other weights have pushed out of the last cache, comes that much later.
+_MEMORY_BYTES_PER_CYCLE = 12.0
 # Panels that stay in L2 beside what passes through it.
 _PANEL_BYTES = 1 << 19
 _NEAR_LINE_CYCLES = 8.0
@@ -58,6 +64,7 @@ _PACKED_TOUCH = 0.5
 # A tile's part of an output row and of the residual's, of which nobody knows before; panels fetch them ahead.
 _OUTPUT_TOUCH_CYCLES = 30.0
 _NEAR_OUTPUT_TOUCH_CYCLES = 8.0
+_NARROW_OUTPUT_BYTES_PER_CYCLE = 4.0
 _FETCHED_OUTPUT_CYCLES = 4.0
 # A channel's inputs lie a whole plane after the previous one's: beyond L1, no prefetcher follows.
 _STRIDED_STEP_CYCLES = 1.5
@@ -68,6 +75,7 @@ SCRATCH_BYTES = (24 * 1024, 96 * 1024, 256 * 1024)
 _L1_COPY_BYTES_PER_CYCLE = 32.0
 _L2_COPY_BYTES_PER_CYCLE = 10.0
 _MAX_BLOCKED_OC_TILE = 3
+_FEW_CHANNELS = 8
 
 
 def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_channels: int) -> float:
@@ -78,15 +86,18 @@ def _tile_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_
     cycles = max(fmas / 2, loads / _LOAD_SLOTS_PER_CYCLE, _FMA_LATENCY)
     copies = work.kernel[1] if geometry.column_copies else 1
     bytes_per_channel = work.kernel[0] * copies * (vectors * geometry.lanes + work.kernel[1] - 1) * 4
-    if oc_tile <= _MAX_BLOCKED_OC_TILE:
+    if _is_narrow(work, oc_tile):
+        if not geometry.flat and geometry.pitch % geometry.lanes:
+            loads = oc_tile + vectors * _STRADDLE  # neither rows nor planes begin with a cache line
+        cycles = max(fmas / 2, loads / _NARROW_LOAD_SLOTS_PER_CYCLE, _NARROW_LATENCY)
         rows = vectors * geometry.lanes + (work.kernel[0] - 1) * geometry.pitch + work.kernel[1] - 1
         tile_bytes = min(bytes_per_channel, 4 * copies * rows) * reduction_channels
-        beyond = max(0.0, 1 - _NARROW_L1_BYTES / tile_bytes)
+        # Panels are gone over for every channel.
+        beyond = 1.0 if geometry.copy is CopyScope.CHUNK else max(0.0, 1 - _NARROW_L1_BYTES / tile_bytes)
         cycles += beyond * vectors * geometry.lanes * 4 / _NARROW_L2_BYTES_PER_CYCLE
-        if geometry.copy is CopyScope.NONE:
-            cycles *= _NARROW_IN_PLACE
+        return cycles * (_NARROW_IN_PLACE if geometry.copy is CopyScope.NONE else 1.0) + _NARROW_LOOP_OVERHEAD
     # Of panels, every tile of channels begins with another one.
-    elif bytes_per_channel * reduction_channels > _L1_BYTES or geometry.copy is CopyScope.CHUNK:
+    if bytes_per_channel * reduction_channels > _L1_BYTES or geometry.copy is CopyScope.CHUNK:
         cycles = max(cycles, bytes_per_channel / work.taps / _L2_BYTES_PER_CYCLE)
         if geometry.copy in (CopyScope.NONE, CopyScope.LAYER):
             cycles += _STRIDED_STEP_CYCLES / work.kernel[1]
@@ -113,8 +124,14 @@ def _flush_cycles(kernel: ConvKernel) -> float:
     """Cycles of carrying a chunk's sums through the scratch between reduction blocks, for one tile of channels."""
     if not kernel.kept_per_block:
         return 0.0
-    blocks = kernel.kept // kernel.kept_per_block
-    return blocks * kernel.geometry.vectors * kernel.oc_tile * _FLUSH_CYCLES_PER_VECTOR
+    narrow = _is_narrow(kernel.workload, kernel.oc_tile)
+    per_vector = _NARROW_FLUSH_CYCLES_PER_VECTOR if narrow else _FLUSH_CYCLES_PER_VECTOR
+    return kernel.reduction_blocks * kernel.geometry.vectors * kernel.oc_tile * per_vector
+
+
+def _is_narrow(work: ConvWorkload, oc_tile: int) -> bool:
+    """Whether a register tile has so few channels that loads bound it; depthwise kernels have few loads altogether."""
+    return oc_tile <= _MAX_BLOCKED_OC_TILE and work.in_channels_per_group >= _FEW_CHANNELS
 
 
 def _channels_read(work: ConvWorkload, oc_tile: int, kept: int, share: float) -> int:
@@ -122,7 +139,7 @@ def _channels_read(work: ConvWorkload, oc_tile: int, kept: int, share: float) ->
 
     Narrow block rows choose for themselves: each reads few of the channels, all of them together read all.
     """
-    return math.ceil((work.in_channels_per_group if oc_tile <= _MAX_BLOCKED_OC_TILE else kept) * share)
+    return math.ceil((work.in_channels_per_group if _is_narrow(work, oc_tile) else kept) * share)
 
 
 def _chunk_cycles(geometry: PixelGeometry, oc_tile: int, vectors: int, reduction_channels: int) -> float:
@@ -172,6 +189,8 @@ def _stream_cycles(kernel: ConvKernel) -> float:
     if geometry.copy is CopyScope.CHUNK and chunk_bytes > _PANEL_BYTES:
         input_passes = kernel.block_rows * kernel.tiles
     streamed = (weight_bytes * weight_passes + input_bytes * input_passes) / _STREAM_BYTES_PER_CYCLE
+    if weight_bytes > _L2_BYTES:
+        streamed += weight_bytes / _MEMORY_BYTES_PER_CYCLE
     # Each (pixel tile, channel) begins at another page: no prefetcher helps its first line.
     touches: float = work.batch * work.groups * pixel_tiles * kernel.kept_channels
     if geometry.copy is CopyScope.TILE:
@@ -194,16 +213,20 @@ def _scratch_cycles(kernel: ConvKernel) -> float:
 
 
 def _output_cycles(kernel: ConvKernel) -> float:
-    """Cycles of waiting for the residual's and the output's lines where tiles are stored from registers."""
+    """Cycles of waiting for the residual's and the output's lines."""
     geometry, work = kernel.geometry, kernel.workload
+    tensors = 2 if work.epilogue.residual else 1
+    far = 4 * tensors * work.out_channels * work.out_pixels > _L2_BYTES
+    if _is_narrow(work, kernel.oc_tile):
+        # A tile's vectors are one stretch of a row: what counts is bandwidth.
+        size = 4 * tensors * work.batch * work.out_channels * work.out_pixels
+        return size / _NARROW_OUTPUT_BYTES_PER_CYCLE if far else 0.0
     if not kernel.stores_from_registers:
         return 0.0
-    tensors = 2 if work.epilogue.residual else 1
     touches = tensors * work.batch * geometry.chunks * -(-geometry.vectors // kernel.vectors_per_tile)
     touches *= work.out_channels
     if geometry.copy is CopyScope.CHUNK:
         return touches * _FETCHED_OUTPUT_CYCLES
-    far = 4 * tensors * work.out_channels * work.out_pixels > _L2_BYTES
     return touches * (_OUTPUT_TOUCH_CYCLES if far else _NEAR_OUTPUT_TOUCH_CYCLES)
 
 

@@ -64,7 +64,7 @@ _PACKED_TOUCH = 0.5
 # A tile's part of an output row and of the residual's, of which nobody knows before; panels fetch them ahead.
 _OUTPUT_TOUCH_CYCLES = 30.0
 _NEAR_OUTPUT_TOUCH_CYCLES = 8.0
-_NARROW_OUTPUT_BYTES_PER_CYCLE = 4.0
+_NARROW_OUTPUT_BYTES_PER_CYCLE = 6.0
 _FETCHED_OUTPUT_CYCLES = 4.0
 # A channel's inputs lie a whole plane after the previous one's: beyond L1, no prefetcher follows.
 _STRIDED_STEP_CYCLES = 1.5
@@ -216,11 +216,11 @@ def _output_cycles(kernel: ConvKernel) -> float:
     """Cycles of waiting for the residual's and the output's lines."""
     geometry, work = kernel.geometry, kernel.workload
     tensors = 2 if work.epilogue.residual else 1
-    far = 4 * tensors * work.out_channels * work.out_pixels > _L2_BYTES
+    size = 4 * tensors * work.out_channels * work.out_pixels
+    far = size > _L2_BYTES
     if _is_narrow(work, kernel.oc_tile):
         # A tile's vectors are one stretch of a row: what counts is bandwidth.
-        size = 4 * tensors * work.batch * work.out_channels * work.out_pixels
-        return size / _NARROW_OUTPUT_BYTES_PER_CYCLE if far else 0.0
+        return work.batch * size / _NARROW_OUTPUT_BYTES_PER_CYCLE if size > 2 * _L2_BYTES else 0.0
     if not kernel.stores_from_registers:
         return 0.0
     touches = tensors * work.batch * geometry.chunks * -(-geometry.vectors // kernel.vectors_per_tile)

@@ -369,7 +369,7 @@ def test_a_sparse_kernel_that_wins_needs_no_flag() -> None:
 @pytest.mark.parametrize(
     ("text", "density", "note"),
     [
-        ("2:4", None, "2:4: the FC kernel skips whole blocks of outputs only"),
+        ("1:3", None, "1:3: the FC kernel reads N:M for a batch of 1 and an M that divides 16"),
         ("1x8", 0.5, "1x8: the FC kernel skips blocks of a multiple of 16 outputs"),
     ],
 )
@@ -384,6 +384,16 @@ def test_a_sparse_fully_connected_layer() -> None:
     (report,) = layer_reports(lower(mod, always_sparse=False))
     assert (report.kind, report.pattern, report.kept_macs) == ("fc", "1x16", report.macs // 4)
     assert report.workload == "128->64 fc"
+    assert_same_results(mod)
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4"])
+def test_a_fully_connected_layer_of_n_of_m(text: str) -> None:
+    mask = mask_of(text, (64, 128, 1, 1), None)[:, :, 0, 0]
+    mod = module(lambda b, x: b.relu(b.bias(b.fc(x, 64, mask=mask))), (1, 128))
+    (report,) = layer_reports(lower(mod, always_sparse=False))
+    assert (report.kind, report.pattern, report.workload) == ("fc", text, "128->64 fc")
+    assert report.kept_macs == report.macs * int(text[0]) // 4
     assert_same_results(mod)
 
 

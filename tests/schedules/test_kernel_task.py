@@ -53,7 +53,8 @@ def tasks(draw: st.DrawFn) -> KernelTask:
     index = draw(st.sampled_from(tuple(IndexKind)))
     if index is IndexKind.NONE:
         return KernelTask("conv", work, threads, winograd=winograd_applies(work) and draw(st.booleans()))
-    full = KernelTask("conv", work, threads, index, draw(st.sampled_from((1, 4, 16))), 1)
+    of_nm = dict(zip(("of_group", "group"), draw(st.sampled_from(((0, 0), (2, 4), (1, 4), (3, 16)))), strict=True))
+    full = KernelTask("conv", work, threads, index, draw(st.sampled_from((1, 4, 16))), 1, **of_nm)
     return full.with_kept(draw(st.integers(1, full.inputs)))
 
 
@@ -67,6 +68,8 @@ def test_what_the_text_of_a_task_looks_like() -> None:
     task = KernelTask("conv", work, 1, IndexKind.CHANNEL, 16, 32)
     assert str(task) == "conv 64x56x56->256 k1x1 bias+add+relu; 1x16 channel 32; 1 thread"
     assert (task.density, task.macs) == (0.5, work.macs // 2)
+    alone = replace(task, block=1, of_group=2, group=4)
+    assert str(alone) == "conv 64x56x56->256 k1x1 bias+add+relu; 1x1 channel 32 2 of 4; 1 thread"
     assert str(replace(task.dense, threads=2)) == "conv 64x56x56->256 k1x1 bias+add+relu; dense; 2 threads"
 
 

@@ -16,6 +16,9 @@ from tvm_nm.tensor_store import StoredTensor, TensorStore
 
 __all__ = ["Observation", "Walk", "observe_layer"]
 
+# Positions that are held for a refit behind the ReLU: so many, or so many a column; and the fewest a column.
+_HELD, _HELD_PER_COLUMN, _FEWEST_PER_COLUMN = 1 << 14, 32, 4
+
 
 class Walk:
     """The activations of one network at a cut that moves forward, for all batches of the calibration data.
@@ -139,12 +142,30 @@ def observe_layer(
         for x, y, images in paired_columns(layer, data, wanted, share, rng):
             accumulator.add_columns(x, y[:channels], images)
             if kept:
-                some = np.sort(rng.choice(x.shape[2], max(1, round(kept * x.shape[2])), replace=False))
-                parts.append(_observed(follows, inverse, x[:, :, some], y[:, some]))
+                some = _some(x.shape[2], images, kept, rng)
+                means = _image_means(x, images), _image_means(y[:channels], images)
+                parts.append(_observed(follows, inverse, x[:, :, some], y[:, some], means))
     return Observation(accumulator.result(), tuple(parts))
 
 
-def _observed(follows: Following, inverse: NDArray[np.float32], data: FloatArray, values: FloatArray) -> Observed:
+def _some(count: int, images: int, share: float, rng: np.random.Generator) -> NDArray[np.intp]:
+    """Choose equally many positions of each image."""
+    each = count // images
+    chosen = rng.random((images, each)).argsort(axis=1)[:, : max(1, round(share * each))]
+    return (np.sort(chosen, axis=1) + np.arange(images)[:, None] * each).reshape(-1)
+
+
+def _image_means(values: FloatArray, images: int) -> FloatArray:
+    return values.reshape(*values.shape[:-1], images, -1).mean(axis=-1)
+
+
+def _observed(
+    follows: Following,
+    inverse: NDArray[np.float32],
+    data: FloatArray,
+    values: FloatArray,
+    means: tuple[FloatArray, FloatArray],
+) -> Observed:
     """Columns and what makes no difference; `values` are targets and, below them, what is added to the outputs."""
     channels = len(follows.scale)
     gone = follows.scale == 0
@@ -156,7 +177,7 @@ def _observed(follows: Following, inverse: NDArray[np.float32], data: FloatArray
     turned = follows.scale[:, None] < 0
     low, high = np.where(turned, ends[1], ends[0]), np.where(turned, ends[0], ends[1])
     low[gone], high[gone] = -np.inf, np.inf
-    return Observed.between(data, values[:channels], low, high)
+    return Observed.between(data, values[:channels], low, high, means)
 
 
 def _shares(layer: LayerNode, target: FloatArray, batches: int, samples: int, held: int) -> tuple[float, float]:
@@ -166,4 +187,7 @@ def _shares(layer: LayerNode, target: FloatArray, batches: int, samples: int, he
     positions = target.size // outputs * batches
     share = min(1.0, max(samples, 16 * size) / positions)
     bytes_each = 4 * layer.groups * size + 6 * outputs
-    return share, min(1.0, held / (bytes_each * share * positions))
+    wanted = min(held / bytes_each, max(_HELD, _HELD_PER_COLUMN * size))
+    # With too few positions a refit would learn them by heart.
+    kept = 0.0 if wanted < _FEWEST_PER_COLUMN * size else min(1.0, wanted / (share * positions))
+    return share, kept

@@ -57,7 +57,7 @@ class Options:
     max_columns: int = 8192
     memory: int = 1 << 30
     threads: int | None = None
-    rectified: int = 0
+    rectified: int = 1 << 29
     image_weight: float = 4.0
 
 
@@ -206,7 +206,11 @@ def _fit(
     )
     if not seen.positions:
         return fit
-    return replace(fit, weights=fit_rectified(seen.positions, seen.moments, fit.weights, fit.mask, options.damping))
+    weights = fit_rectified(
+        *(seen.positions, seen.moments, fit.weights, fit.mask, options.damping),
+        image_weight=options.image_weight if layer.kind == "conv" else 0.0,
+    )
+    return replace(fit, weights=weights)
 
 
 def measure_layer(layer: LayerNode, dense: Walk, pruned: Walk, options: Options, seed: int) -> Moments:

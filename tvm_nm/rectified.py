@@ -40,34 +40,73 @@ class Observed:
         Outputs that the layer should have, float32 (OC, P), no lower and no higher than makes a difference.
     below, above
         Where any lower, any higher output would do as well, (OC, P).
+    image_data, image_target
+        Means over the positions of each image that they are of, (groups, K, images) and (OC, images); here nothing is
+        cut off.
     """
 
     data: Float32
     target: Float32
     below: BoolArray
     above: BoolArray
+    image_data: Float32
+    image_target: Float32
 
     @classmethod
-    def between(cls, data: Float32, target: Float32, low: NDArray[Any], high: NDArray[Any]) -> Observed:
-        """Make one of targets and of the limits beyond which there is no difference, which (OC, P) fits."""
-        return cls(data, np.clip(target, low, high).astype(np.float32, copy=False), target <= low, target >= high)
+    def between(
+        cls,
+        data: Float32,
+        target: Float32,
+        low: NDArray[Any],
+        high: NDArray[Any],
+        images: tuple[Float32, Float32] | None = None,
+    ) -> Observed:
+        """Make one of targets and of the limits beyond which there is no difference, which (OC, P) fits.
+
+        Without means of images, all positions are of one image.
+        """
+        means = images or (data.mean(axis=2, keepdims=True), target.mean(axis=1, keepdims=True))
+        within = np.clip(target, low, high).astype(np.float32, copy=False)
+        return cls(data, within, target <= low, target >= high, *means)
+
+    def common(self, weight: Float32, bias: Float32) -> Float32:
+        """Return what the outputs' means over each image lack of their targets, (OC, images)."""
+        return self.image_target - _outputs(weight, bias, self.image_data)
+
+    @property
+    def each(self) -> float:
+        """Positions of an image."""
+        return self.target.shape[1] / self.image_target.shape[1]
 
     def missing(self, weight: Float32, bias: Float32) -> Float32:
         """Return what the outputs lack of their targets, (OC, P): nothing where it makes no difference."""
-        groups = len(self.data)
-        found: Float32 = np.matmul(weight.reshape(groups, -1, weight.shape[1]), self.data).reshape(self.target.shape)
-        found += bias[:, None]
+        found = _outputs(weight, bias, self.data)
         np.subtract(self.target, found, out=found)
         found[self.below & (found > 0)] = 0
         found[self.above & (found < 0)] = 0
         return found
 
 
-def rectified_error(parts: Sequence[Observed], weights: LayerWeights) -> float:
-    """Squared error of the outputs as far as it makes a difference, per position and summed over channels."""
+def _outputs(weight: Float32, bias: Float32, data: Float32) -> Float32:
+    groups = len(data)
+    found: Float32 = np.matmul(weight.reshape(groups, -1, weight.shape[1]), data).reshape(len(bias), -1)
+    found += bias[:, None]
+    return found
+
+
+def rectified_error(parts: Sequence[Observed], weights: LayerWeights, image_weight: float = 0.0) -> float:
+    """Squared error of the outputs as far as it makes a difference, per position and summed over channels.
+
+    The square of each image's mean error counts besides, `image_weight` times.
+    """
     weight, bias = weights.weight.reshape(len(weights.bias), -1), weights.bias
-    squares = sum(float(np.square(part.missing(weight, bias)).sum(dtype=np.float64)) for part in parts)
-    return squares / float(max(1, sum(part.target.shape[1] for part in parts)))
+    squares = count = 0.0
+    for part in parts:
+        squares += float(np.square(part.missing(weight, bias)).sum(dtype=np.float64))
+        if image_weight:
+            squares += image_weight * part.each * float(np.square(part.common(weight, bias)).sum(dtype=np.float64))
+        count += part.target.shape[1]
+    return squares / max(1.0, count)
 
 
 def fit_rectified(
@@ -76,6 +115,7 @@ def fit_rectified(
     weights: LayerWeights,
     mask: BoolArray,
     damping: float,
+    image_weight: float = 0.0,
     steps: int = _STEPS,
 ) -> LayerWeights:
     """Refit the weights that are left to outputs behind a ReLU.
@@ -92,6 +132,8 @@ def fit_rectified(
         Which weights are left, of the weight's shape.
     damping
         Share of the mean input variance that holds each weight to where it started.
+    image_weight
+        See `tvm_nm.moments.MomentsAccumulator`, whose moments should be made with the same.
     steps
         Passes over the positions.
 
@@ -101,7 +143,7 @@ def fit_rectified(
     """
     shape, (groups, size) = weights.weight.shape, moments.input_mean.shape
     per_group = shape[0] // groups
-    count = sum(part.data.shape[2] for part in parts)
+    count = sum(part.data.shape[2] for part in parts) * (1 + image_weight)
     keep = mask.reshape(shape[0], size)
     mean = moments.input_mean.astype(np.float32)
     hessian = moments.hessian.astype(np.float32)
@@ -152,10 +194,15 @@ def fit_rectified(
             missing = part.missing(ahead, bias)
             shift += missing.sum(axis=1, dtype=np.float64)
             gradient += np.matmul(by_group(missing), part.data.transpose(0, 2, 1)).reshape(gradient.shape)
+            if image_weight:
+                common = np.float32(image_weight * part.each) * part.common(ahead, bias)
+                shift += common.sum(axis=1, dtype=np.float64)
+                gradient += np.matmul(by_group(common), part.image_data.transpose(0, 2, 1)).reshape(gradient.shape)
         shift = (shift / count).astype(np.float32)
         gradient = gradient / np.float32(count) + hold * (start - ahead)
         gradient -= (by_group(shift[:, None]) * mean[:, None]).reshape(gradient.shape)
         now = ahead + solved(gradient * keep)
         level = level_ahead + shift
     found = LayerWeights(now.reshape(shape), level - offset(now))
-    return found if rectified_error(parts, found) < rectified_error(parts, weights) else weights
+    before, after = (rectified_error(parts, each, image_weight) for each in (weights, found))
+    return found if after < before else weights

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm_nm.following import what_follows
 from tvm_nm.layer_pruning import fit_layer
 from tvm_nm.moments import MomentsAccumulator
-from tvm_nm.observation import Walk, observe_layer
+from tvm_nm.observation import Walk, _some, observe_layer
 from tvm_nm.onnx_network import LayerNode, LayerWeights, OnnxNetwork
 from tvm_nm.patterns import parse_pattern
 from tvm_nm.rectified import Observed, fit_rectified, rectified_error
@@ -24,7 +24,7 @@ def layer(groups: int = 1, outputs: int = 6, inputs: int = 10) -> LayerNode:
 
 
 def example(
-    seed: int, groups: int = 1, low: float = 0.0, high: float = np.inf
+    seed: int, groups: int = 1, low: float = 0.0, high: float = np.inf, images: int = 1
 ) -> tuple[tuple[Observed, ...], MomentsAccumulator, np.ndarray]:
     rng = np.random.default_rng(seed)
     node = layer(groups)
@@ -35,8 +35,14 @@ def example(
         x = (rng.standard_normal((groups, 10 // groups, 150)) + 0.3).astype(np.float32)
         y = np.matmul(weight.reshape(groups, -1, 10 // groups), x).reshape(6, -1)
         accumulator.add_columns(x, y)
-        parts.append(Observed.between(x, y, np.full((6, 1), low, np.float32), np.full((6, 1), high, np.float32)))
+        ends = np.full((6, 1), low, np.float32), np.full((6, 1), high, np.float32)
+        parts.append(Observed.between(x, y, *ends, image_means(x, y, images)))
     return tuple(parts), accumulator, weight
+
+
+def image_means(x: np.ndarray, y: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of images whose positions stand together."""
+    return x.reshape(*x.shape[:2], images, -1).mean(axis=3), y.reshape(len(y), images, -1).mean(axis=2)
 
 
 def descend(parts: tuple[Observed, ...], weights: LayerWeights, mask: np.ndarray, added: float) -> float:
@@ -78,15 +84,63 @@ def test_refit_reaches_the_minimum(groups: int, low: float, high: float) -> None
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([1, 2]), st.booleans())
-def test_refit_never_does_harm(seed: int, groups: int, six: bool) -> None:
-    parts, accumulator, weight = example(seed, groups, 0.0, 6.0 if six else np.inf)
+@given(st.integers(0, 10_000), st.sampled_from([1, 2]), st.booleans(), st.sampled_from([0.0, 4.0]))
+def test_refit_never_does_harm(seed: int, groups: int, six: bool, image_weight: float) -> None:
+    parts, accumulator, weight = example(seed, groups, 0.0, 6.0 if six else np.inf, images=5)
     moments = accumulator.result()
     mask = np.random.default_rng(seed).random((6, 10 // groups, 1, 1)) < 0.6
     start = LayerWeights((weight.reshape(mask.shape) * mask).astype(np.float32), np.zeros(6, np.float32))
-    found = fit_rectified(parts, moments, start, mask, 1e-2)
-    assert rectified_error(parts, found) <= rectified_error(parts, start)
+    found = fit_rectified(parts, moments, start, mask, 1e-2, image_weight=image_weight)
+    assert rectified_error(parts, found, image_weight) <= rectified_error(parts, start, image_weight)
     assert not found.weight[~mask].any()
+
+
+def test_what_an_image_has_in_common_counts_besides() -> None:
+    parts, _, weight = example(1, images=5)
+    start = LayerWeights((0.8 * weight).reshape(6, 10, 1, 1), np.full(6, 0.1, np.float32))
+    squares, common, count = 0.0, 0.0, 0
+    for part in parts:
+        missing = part.missing(start.weight.reshape(6, -1), start.bias)
+        squares += (missing.astype(np.float64) ** 2).sum()
+        wanted = weight @ part.data[0] - start.weight.reshape(6, -1) @ part.data[0] - start.bias[:, None]
+        for first in range(0, 150, 30):  # of each image 30 positions, one after the other
+            common += 30 * (wanted[:, first : first + 30].astype(np.float64).mean(axis=1) ** 2).sum()
+        count += 150
+    for image_weight in (0.0, 4.0):
+        expected = (squares + image_weight * common) / count
+        assert rectified_error(parts, start, image_weight) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_refit_may_look_at_images() -> None:
+    """What is common to an image's positions gets smaller if it counts, at the cost of single positions."""
+    rng = np.random.default_rng(2)
+    node = layer()
+    weight = rng.standard_normal((6, 10)).astype(np.float32)
+    # Images differ in one thing that all columns show, so that those left can stand in for the others.
+    level = np.repeat(rng.standard_normal((1, 10, 1)) * rng.standard_normal((1, 1, 30)), 40, axis=2)
+    x = (level + rng.standard_normal((1, 10, 1200))).astype(np.float32)
+    y = weight @ x[0]
+    part = Observed.between(x, y, np.zeros((6, 1)), np.full((6, 1), np.inf), image_means(x, y, 30))
+    mask = rng.random((6, 10, 1, 1)) < 0.5
+    found = {}
+    for image_weight in (0.0, 16.0):
+        accumulator = MomentsAccumulator(node, image_weight=image_weight)
+        accumulator.add_columns(x, y, 30)
+        start = LayerWeights((weight.reshape(mask.shape) * mask).astype(np.float32), np.zeros(6, np.float32))
+        fit = fit_rectified([part], accumulator.result(), start, mask, 1e-4, image_weight=image_weight, steps=60)
+        given = fit.weight.reshape(6, -1), fit.bias
+        found[image_weight] = tuple(float(np.square(m(*given)).mean()) for m in (part.missing, part.common))
+    assert found[16.0][1] < 0.9 * found[0.0][1]
+    assert found[16.0][0] >= found[0.0][0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 40), st.floats(0.01, 1))
+def test_equally_many_positions_of_each_image_are_held(images: int, each: int, share: float) -> None:
+    some = _some(images * each, images, share, np.random.default_rng(0))
+    wanted = max(1, round(share * each))
+    assert (some // each == np.repeat(np.arange(images), wanted)).all()
+    assert len(np.unique(some)) == images * wanted
 
 
 def test_what_is_missing_beyond_the_limits() -> None:
@@ -171,6 +225,7 @@ def test_refits_bring_the_network_nearer(after: str) -> None:
     pattern = parse_pattern("1:4")
     fit = fit_layer(seen.moments, net.weights("second").weight, pattern, 0.25)
     assert sum(part.target.shape[1] for part in seen.positions) == 40 * 25
+    assert sum(part.image_target.shape[1] for part in seen.positions) == 40
     better = fit_rectified(seen.positions, seen.moments, fit.weights, fit.mask, 1e-4)
     channels = slice(0, 3) if after == "norm" else slice(None)  # the last one's norm multiplies by zero
 

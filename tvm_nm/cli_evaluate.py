@@ -14,7 +14,7 @@ from tvm_nm.console import Steps
 if TYPE_CHECKING:
     from tvm_nm.agreement import Agreement
     from tvm_nm.gate import Alternative, Gate
-    from tvm_nm.plan_model import Planned
+    from tvm_nm.planned import Planned
     from tvm_nm.pruning import Images
 
 # As in cli.py, functions import what they need themselves.

@@ -204,7 +204,11 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
             raise CalibrationError("a reconstruction database needs calibration data: give some (--calib)")
         if data is not None and how is not Method.MAGNITUDE:
             wanted = plan if plan is not None else request.plan(imported.module)
-            pruned = prune_imported(imported, imported.onnx, wanted, data, how, request.rearrange, step, reconstruction)
+            modules = [imported.module]
+            imported = dataclasses.replace(imported, module=tvm.IRModule())
+            pruned = prune_imported(
+                *(imported, modules, imported.onnx, wanted, data, how, request.rearrange, step, reconstruction)
+            )
             imported = _imported_again(pruned, imported.name, scratch / "calibrated.onnx")
             del pruned
             module, masks = imported.module, PackedMasks()  # the zeros are in the file already
@@ -241,7 +245,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
         agreement = None
         if gate is not None:
             step("judging")
-            recipe = Recipe(request, plan, data, how)
+            recipe = Recipe(request, plan, data, how, reconstruction)
             agreement = check_build(gate, CompiledModel(new, manifest), dense, recipe, step)
         manifest = dataclasses.replace(manifest, build_seconds=round(time.perf_counter() - start, 2))
         (new / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

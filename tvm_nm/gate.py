@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,12 +56,15 @@ class Recipe:
         Calibration data.
     method
         How weights were dropped.
+    reconstruction
+        Directory of the database that layers were taken from; None for none.
     """
 
     request: PruneRequest
     plan: Plan | None
     images: CalibrationImages | None
     method: Method
+    reconstruction: str | os.PathLike[str] | None = None
 
     def denser(self, module: tvm.IRModule) -> list[Alternative]:
         """Return the same pattern at other densities, the sparsest first."""
@@ -194,7 +198,16 @@ def check_build(
     def judged(alternative: Alternative) -> Agreement:
         progress(f"looking for what passes: {alternative.label}")
         pruned = prune_imported(
-            *(imported, dense.onnx, alternative.plan, recipe.images, recipe.method, recipe.request.rearrange)
+            *(
+                imported,
+                [imported.module],
+                dense.onnx,
+                alternative.plan,
+                recipe.images,
+                recipe.method,
+                recipe.request.rearrange,
+            ),
+            database=recipe.reconstruction,
         )
         return compare(wanted, answers_of_onnx(pruned.model, images), images)
 

@@ -17,7 +17,7 @@ from tvm_nm.tensor_store import StoredTensor, TensorStore
 __all__ = ["Observation", "Walk", "observe_layer"]
 
 # Positions that are held for a refit behind the ReLU: so many, or so many a column; and the fewest a column.
-_HELD, _HELD_PER_COLUMN, _FEWEST_PER_COLUMN = 1 << 14, 32, 4
+_HELD, _HELD_PER_COLUMN, _FEWEST_PER_COLUMN = 1 << 15, 64, 4
 
 
 class Walk:
@@ -156,7 +156,8 @@ def _some(count: int, images: int, share: float, rng: np.random.Generator) -> ND
 
 
 def _image_means(values: FloatArray, images: int) -> FloatArray:
-    return values.reshape(*values.shape[:-1], images, -1).mean(axis=-1)
+    means: FloatArray = values.reshape(*values.shape[:-1], images, -1).mean(axis=-1)
+    return means
 
 
 def _observed(
@@ -187,7 +188,7 @@ def _shares(layer: LayerNode, target: FloatArray, batches: int, samples: int, he
     positions = target.size // outputs * batches
     share = min(1.0, max(samples, 16 * size) / positions)
     bytes_each = 4 * layer.groups * size + 6 * outputs
-    wanted = min(held / bytes_each, max(_HELD, _HELD_PER_COLUMN * size))
+    wanted = min(held / bytes_each, max(_HELD, _HELD_PER_COLUMN * size), share * positions)
     # With too few positions a refit would learn them by heart.
     kept = 0.0 if wanted < _FEWEST_PER_COLUMN * size else min(1.0, wanted / (share * positions))
     return share, kept

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from tvm_nm.calibration import CalibrationImages, batch_size
 from tvm_nm.errors import CalibrationError, UnsupportedModelError
 from tvm_nm.inventory import layer_calls
-from tvm_nm.masks import BoolArray
-from tvm_nm.onnx_network import LayerWeights, OnnxNetwork
+from tvm_nm.masks import BoolArray, PackedMasks
+from tvm_nm.onnx_network import FloatArray, LayerWeights, OnnxNetwork
 from tvm_nm.onnx_weights import replace_weights
 from tvm_nm.patterns import Dense
 from tvm_nm.plan import Plan
 from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.reconstruction import LayerFit, Options, reconstruct
 from tvm_nm.reconstruction_db import build_database, stitch
+from tvm_nm.runtime import release_memory
 from tvm_nm.saliency import calibrated_saliency
 
 __all__ = ["OneShot", "channel_importance", "images_per_run", "plan_saliency", "prune_calibrated"]
@@ -48,7 +49,7 @@ class OneShot:
 
 def prune_calibrated(
     model: onnx.ModelProto,
-    module: tvm.IRModule,
+    modules: list[tvm.IRModule],
     plan: Plan,
     images: CalibrationImages,
     options: Options | None = None,
@@ -64,8 +65,9 @@ def prune_calibrated(
     ----------
     model
         The ONNX model with its weights loaded.
-    module
-        The same model as a canonical module: it tells how batch norms scale each output channel.
+    modules
+        A list of the same model as a canonical module, which is taken from it, so that its memory can be given back: it
+        tells how batch norms scale each output channel.
     plan
         What to prune.
     images
@@ -93,15 +95,19 @@ def prune_calibrated(
     choices = [choice for choice in plan.layers if not isinstance(choice.pattern, Dense)]
     calibrated = Plan(tuple(choice for choice in choices if choice.name in possible))
     others = {choice.name: choice for choice in choices if choice.name not in possible}
-    masks = {}
-    for call in layer_calls(module):
-        if call.layer.name in others:
-            choice = others[call.layer.name]
-            masks[choice.name] = choice.pattern.mask(np.abs(call.weight), choice.density, call.layer.groups)
+    module = modules.pop()
+    masks = PackedMasks(
+        (name, others[name].pattern.mask(np.abs(call.weight), others[name].density, call.layer.groups))
+        for call in layer_calls(module)
+        if (name := call.layer.name) in others
+    )
+    importance = channel_importance(network, module)
+    del module
+    release_memory()
     stitched = {}
     if database is not None and calibrated.layers:  # before anything changes: it belongs to the model as it is
         size = images_per_run(network, images, options.threads)
-        stitched = _stitched(database, network, module, calibrated, images, size, options, progress)
+        stitched = _stitched(database, network, importance, calibrated, images, size, options, progress)
     if masks:
         prune_onnx(model, masks, in_place=True)
     if database is not None or not calibrated.layers:
@@ -113,7 +119,7 @@ def prune_calibrated(
         calibrated,
         images.batches(size),
         options,
-        importance=channel_importance(network, module),
+        importance=importance,
         progress=progress,
     )
     replace_weights(model, found.weights)
@@ -123,7 +129,7 @@ def prune_calibrated(
 def _stitched(
     directory: str | os.PathLike[str],
     network: OnnxNetwork,
-    module: tvm.IRModule,
+    importance: Mapping[str, NDArray[np.float64]],
     plan: Plan,
     images: CalibrationImages,
     size: int,
@@ -137,7 +143,7 @@ def _stitched(
         lambda: images.batches(size),
         images.fingerprint,
         options,
-        importance=channel_importance(network, module),
+        importance=importance,
         progress=progress,
     )
     return stitch(database, network, plan, images.batches(size), options)
@@ -195,19 +201,30 @@ def images_per_run(network: OnnxNetwork, images: CalibrationImages, threads: int
     """
     pair = next(images.batches(2))
     try:
-        single = network.run(pair[:1], threads)
+        single = _piecewise(network, pair[:1], threads)
     except UnsupportedModelError as error:
         raise CalibrationError(f"the model cannot be run on the calibration images: {error}") from error
     if len(pair) < 2:
         return 1
     try:
-        both = network.run(pair, threads)
+        both = _piecewise(network, pair, threads)
     except UnsupportedModelError:
         return 1
     fits = both.shape == (2, *single.shape[1:]) and np.allclose(
         both[:1], single, rtol=1e-3, atol=1e-3 * np.abs(single).max()
     )
     return batch_size(pair.shape[1:]) if fits else 1
+
+
+def _piecewise(network: OnnxNetwork, images: NDArray[np.float32], threads: int | None) -> FloatArray:
+    """Run a network layer by layer: onnxruntime takes several copies of the weights that it is given at a time."""
+    values: dict[str, FloatArray] = {network.input: images}
+    position = 0
+    for stop in [*sorted(layer.position + 1 for layer in network.layers.values()), network.end]:
+        segment = network.segment(position, stop, network.frontier(stop), threads=threads)
+        values = {**segment(values), **{name: values[name] for name in segment.passed}}
+        position = stop
+    return values[network.output]
 
 
 def channel_importance(network: OnnxNetwork, module: tvm.IRModule) -> Mapping[str, NDArray[np.float64]]:

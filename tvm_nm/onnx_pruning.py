@@ -53,6 +53,7 @@ class PrunedOnnx:
 
 def prune_imported(
     imported: ImportedModel,
+    modules: list[tvm.IRModule],
     model: onnx.ModelProto,
     plan: Plan,
     images: CalibrationImages | None = None,
@@ -66,7 +67,9 @@ def prune_imported(
     Parameters
     ----------
     imported
-        The imported model.
+        The imported model; its module is not looked at.
+    modules
+        A list of its module, which is taken from it, so that its memory can be given back.
     model
         The same with its weights as an ONNX model; it is changed in place.
     plan
@@ -101,7 +104,7 @@ def prune_imported(
 
         return each
 
-    module = imported.module
+    module = modules.pop()
     report = None
     if rearrange != "none" and any(not isinstance(choice.pattern, Dense) for choice in plan.layers):
         worth = None
@@ -112,10 +115,13 @@ def prune_imported(
         if found.orders:
             reorder_onnx(model, found.orders)
             _check_same(imported, model)
+        del found
     if method is Method.MAGNITUDE:
         return PrunedOnnx(*_by_magnitude(model, module, plan), report)
     assert images is not None
-    done = prune_calibrated(model, module, plan, images, Options(method=method), tell("pruning"), database)
+    modules.append(module)
+    del module
+    done = prune_calibrated(model, modules, plan, images, Options(method=method), tell("pruning"), database)
     return PrunedOnnx(model, PackedMasks(done.masks.items()), report)
 
 

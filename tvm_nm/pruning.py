@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -233,9 +234,9 @@ def prune_file(
     imported = import_onnx(source, shapes=shapes, verify=False)
     data = open_for(imported, images)
     method = chosen_method(request.method, data)
-    done = prune_imported(
-        imported, onnx.load(source), request.plan(imported.module), data, method, request.rearrange, progress
-    )
+    plan, modules = request.plan(imported.module), [imported.module]
+    imported = dataclasses.replace(imported, module=tvm.IRModule())
+    done = prune_imported(imported, modules, onnx.load(source), plan, data, method, request.rearrange, progress)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         onnx.save(done.model, scratch)

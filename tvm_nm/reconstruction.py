@@ -57,7 +57,7 @@ class Options:
     max_columns: int = 8192
     memory: int = 1 << 30
     threads: int | None = None
-    rectified: int = 1 << 29
+    rectified: int = 400_000_000
     image_weight: float = 4.0
 
 

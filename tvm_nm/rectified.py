@@ -76,7 +76,7 @@ class Observed:
     @property
     def each(self) -> float:
         """Positions of an image."""
-        return self.target.shape[1] / self.image_target.shape[1]
+        return float(self.target.shape[1] / self.image_target.shape[1])
 
     def missing(self, weight: Float32, bias: Float32) -> Float32:
         """Return what the outputs lack of their targets, (OC, P): nothing where it makes no difference."""

@@ -118,7 +118,7 @@ def test_what_is_written_is_the_dense_network_in_another_order(tmp_path: Path) -
     """With a plan that drops next to nothing, the answers are the same to rounding."""
     imported = import_onnx(MODEL, verify=False)
     plan = PruneRequest.make("1x16p", 0.999).plan(imported.module)
-    done = prune_imported(imported, onnx.load(MODEL), plan, rearrange="sort")
+    done = prune_imported(imported, [imported.module], onnx.load(MODEL), plan, rearrange="sort")
     onnx.save(done.model, tmp_path / "r.onnx")
     found = evaluate(tmp_path / "r.onnx", IMAGES, MODEL)
     assert found.same > 0.98

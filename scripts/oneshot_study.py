@@ -5,7 +5,9 @@
 
 The data are .npz files with `images` and `labels` (or x and y), or folders with one subfolder a class; those for
 calibration need no labels. N:M patterns have their own density, others get --density; a pattern may be followed by its
-own, as in 1x16p@0.25. Prints a Markdown table, and with --json one object for each network measured.
+own, as in 1x16p@0.25. Prints a Markdown table of top-1, in brackets how much lower it is than the dense network's,
+with the standard error of that difference on the same images, and the seconds that pruning took; and with --json one
+object for each network measured.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import onnx
 from tvm_nm.agreement import Agreement, compare_answers, predict, top1_interval
 from tvm_nm.calibration import CalibrationImages, Preprocessing, batch_size, open_images
 from tvm_nm.onnx_network import OnnxNetwork
+from tvm_nm.patterns import parse_pattern
 from tvm_nm.pruning import PruneRequest, prune_file
 
 
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["magnitude", "ls", "obs"])
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--include", nargs="*", default=[], help="globs of layers that are spared by default")
+    parser.add_argument("--rearrange", default="none", help="how channels change places before: none, cluster, swap")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -60,17 +64,20 @@ def main() -> None:
         form, _, density = text.partition("@")
         cells = []
         for method in args.methods:
-            request = PruneRequest.make(form, None, args.include, method=method)
-            if request.pattern.fixed_density is None:
-                request = PruneRequest.make(form, float(density or args.density), args.include, method=method)
+            share = None if parse_pattern(form).fixed_density is not None else float(density or args.density)
+            request = PruneRequest.make(form, share, args.include, method=method, rearrange=args.rearrange)
             found, seconds = measure(args.model, request, images, labelled, dense)
             assert found.top1 is not None
-            cells.append(f"{found.top1:.1%} ({seconds:.0f} s)")
+            assert found.drop is not None
+            assert found.drop_interval is not None
+            error = (found.drop_interval[1] - found.drop) / 1.96  # paired: both networks saw the same images
+            cells.append(f"{found.top1:.1%} ({100 * found.drop:+.1f} ± {100 * error:.1f}; {seconds:.0f} s)")
             records.append(
                 {
                     "pattern": form,
                     "density": request.density,
                     "method": method,
+                    "rearrange": args.rearrange,
                     "top1": found.top1,
                     "agreement": found.same,
                     "divergence": found.divergence,

@@ -29,6 +29,7 @@ from tvm_nm.saliency import calibrated_saliency
 MODEL = reference_model_path()
 IMAGES = ArrayImages(calibration_images()[:64])
 RNG = np.random.default_rng(0)
+SPARED = ["/block[34]*"]  # half of the layers, and nearly all of the time
 
 
 def grouped_network() -> onnx.ModelProto:
@@ -98,7 +99,7 @@ def test_layers_without_a_hessian_have_their_squared_weights(monkeypatch: pytest
 @pytest.mark.parametrize("pattern", ["1x4p", "2:4"])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_rearranged_files_have_the_pattern_and_answer_alike(pattern: str, calibrated: bool, tmp_path: Path) -> None:
-    request = PruneRequest.make(pattern, 0.5, rearrange="swap")
+    request = PruneRequest.make(pattern, 0.5, exclude=SPARED, rearrange="swap")
     data = IMAGES if calibrated else None
     done = prune_file(MODEL, tmp_path / "r.onnx", request, images=data)
     assert done.rearrangement is not None
@@ -131,6 +132,7 @@ def test_builds_and_the_command_line(tmp_path: Path) -> None:
         MODEL,
         output=tmp_path / "b",
         pattern="1x16p",
+        exclude=SPARED,
         images=IMAGES,
         rearrange="cluster",
         threads=1,

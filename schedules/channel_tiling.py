@@ -33,7 +33,10 @@ _CARRY_CYCLES_PER_VECTOR = 1.5
 _STREAM_BYTES_PER_CYCLE = 12.0
 _MEMORY_BYTES_PER_CYCLE = 12.0
 _COPY_BYTES_PER_CYCLE = 8.0
-_OUTPUT_CYCLES_PER_VECTOR = 24.0
+_OUTPUT_CYCLES_PER_VECTOR = 36.0
+# A step reads a few pixels of another channel: beyond L1, another line, that no prefetcher follows.
+_NEAR_LINE_CYCLES = 2.0
+_L1_BYTES = 40 * 1024
 _FAR_LINE_CYCLES = 20.0
 _L2_BYTES = 1 << 20
 
@@ -84,16 +87,17 @@ def predicted_channel_cycles(kernel: ChannelConvKernel) -> float:
 
 
 def _input_cycles(kernel: ChannelConvKernel, tasks: int) -> float:
-    """Cycles of copying the input, or of reading one that exceeds L2 a few pixels of a channel at a time."""
+    """Cycles of copying the input, and of reading one that exceeds L1 a few pixels of a channel at a time."""
     work = kernel.workload
     rows, columns = kernel.plane
     input_bytes = 4 * work.in_channels * rows * columns
-    if not kernel.reads_input_directly:
-        return work.batch * input_bytes / _COPY_BYTES_PER_CYCLE
-    if input_bytes <= _L2_BYTES:
-        return 0.0
+    copy = 0.0 if kernel.reads_input_directly else work.batch * input_bytes / _COPY_BYTES_PER_CYCLE
+    if input_bytes <= _L1_BYTES:
+        return copy
     pixel_tiles = -(-work.out_height // kernel.tile_rows) * -(-work.out_width // kernel.tile_columns)
-    return tasks * kernel.kept * pixel_tiles * _FAR_LINE_CYCLES
+    touches = tasks * kernel.kept * pixel_tiles / work.taps
+    far = kernel.reads_input_directly and input_bytes > _L2_BYTES
+    return copy + touches * (_FAR_LINE_CYCLES if far else _NEAR_LINE_CYCLES)
 
 
 def choose_channel_kernel(

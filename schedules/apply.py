@@ -91,7 +91,7 @@ def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: 
 
 def _with_prefetches(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
     """Return a function whose marked loops prefetch."""
-    return stream_weights(add_prefetches(func), target)
+    return stream_weights(add_prefetches(func, target), target)
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_nm.ApplyDefaultSchedules")

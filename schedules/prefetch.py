@@ -4,11 +4,12 @@ An epilogue reads a few lines of the residual and writes as many of the output, 
 no prefetcher of the processor foresees them. Fetched when they are needed, they keep the core waiting: 64 lines for
 each tile of 8 channels and 3 vectors, a quarter of the time of a pointwise layer with 256 input channels and more of a
 sparse one. The templates mark a loop of the reduction with `PREFETCH`; each of its iterations then fetches the lines of
-its share of the tile's channels.
+its share of the tile's channels. The instructions are assembly for the reason that `weight_stream` gives.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import tvm
@@ -16,26 +17,42 @@ import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import SBlockRealize
 
+from tvm_nm.schedules.machine import architecture_of
+
 __all__ = ["PREFETCH", "add_prefetches"]
 
 PREFETCH = "tvm_nm_prefetch"
 """Annotation of a loop beside an epilogue, whose extent divides the channels of the register tile."""
 
-_READ, _WRITE = 0, 1
-_KEEP = 3  # in all levels of the cache
-_DATA = 1
+_READ, _WRITE = "tvm_nm_fetch", "tvm_nm_fetch_to_write"
+_INSTRUCTIONS = (
+    (re.compile(r"x86_64h?|amd64|i[3-6]86"), {_READ: "prefetcht0 ($0)", _WRITE: "prefetchw ($0)"}),
+    (re.compile(r"aarch64|arm64e?"), {_READ: "prfm pldl1keep, [$0]", _WRITE: "prfm pstl1keep, [$0]"}),
+)
+_FUNCTION = """
+define linkonce_odr i32 @{name}(ptr %address) alwaysinline nounwind willreturn {{
+  call void asm sideeffect "{instruction}", "r"(ptr %address) memory(inaccessiblemem: readwrite) nounwind willreturn
+  ret i32 0
+}}
+"""
 
 
-def add_prefetches(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
-    """Return a scheduled function with prefetches in the loops that are marked with `PREFETCH`."""
+def add_prefetches(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
+    """Return a scheduled function with prefetches in the loops that are marked with `PREFETCH`.
+
+    Unchanged where the target has no known instruction.
+    """
+    architecture = architecture_of(target)
+    found = next((texts for names, texts in _INSTRUCTIONS if names.fullmatch(architecture)), None)
+    if found is None:
+        return func
+    code = "".join(_FUNCTION.format(name=name, instruction=text) for name, text in found.items())
 
     def visit(stmt: Any) -> Any:
-        if len(stmt.seq) < 2:
-            return stmt
         store = _Store.of(stmt.seq[-1])
         if store is None:
             return stmt
-        return tirx.SeqStmt([*(store.fetched_within(other) for other in stmt.seq[:-1]), stmt.seq[-1]])
+        return tirx.SeqStmt([*(store.fetched_within(other, code) for other in stmt.seq[:-1]), stmt.seq[-1]])
 
     body = tvm_ffi.structural_map(func.body, (tirx.SeqStmt, visit))
     return tirx.PrimFunc(func.params, body, func.ret_type, func.attrs)
@@ -64,14 +81,15 @@ class _Store:
         stores = isinstance(stmt, SBlockRealize) and isinstance(stmt.block.body, tirx.BufferStore)
         return _Store(loops, stmt) if stores and len(loops) >= 3 else None
 
-    def fetched_within(self, stmt: Any) -> Any:
-        """Return a statement whose marked loops fetch what this epilogue touches."""
+    def fetched_within(self, stmt: Any, code: str) -> Any:
+        """Return a statement whose marked loops fetch what this epilogue touches; `code` defines how."""
 
         def visit(loop: Any) -> Any:
             annotations = dict(loop.annotations)
             if annotations.pop(PREFETCH, None) is None:
                 return loop
             body = tirx.SeqStmt([*self._fetches(loop.loop_var, int(loop.extent)), loop.body])
+            body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(code), body)
             return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, annotations=annotations)
 
         return tvm_ffi.structural_map(stmt, (tirx.For, visit))
@@ -82,18 +100,18 @@ class _Store:
         # The first element of each vector, and the last of all: rows may start anywhere in a line.
         elements = [(vector, 0) for vector in range(vectors)] + [(vectors - 1, lanes - 1)]
         return [
-            self._fetch(rw, buffer, indices, step * per_step + channel, vector, lane)
+            self._fetch(function, buffer, indices, step * per_step + channel, vector, lane)
             for channel in range(per_step)
             for vector, lane in elements
-            for rw, buffer, indices in self._places
+            for function, buffer, indices in self._places
         ]
 
-    def _fetch(self, rw: int, buffer: Any, indices: list[Any], channel: Any, vector: int, lane: int) -> Any:
+    def _fetch(self, function: str, buffer: Any, indices: list[Any], channel: Any, vector: int, lane: int) -> Any:
         values = {var: tirx.const(0, var.ty.dtype) for var in self._fixed}
         for loop, value in ((self._channel, channel), (self._vector, vector), (self._lane, lane)):
             values[loop.loop_var] = tirx.const(value, "int32") if isinstance(value, int) else value
         address = tirx.address_of(tirx.BufferLoad(buffer, _substitute(indices, values)))
-        return tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, rw, _KEEP, _DATA))
+        return tirx.Evaluate(tirx.call_extern("int32", function, address))
 
 
 def _loads(expr: Any) -> list[Any]:

@@ -209,7 +209,7 @@ def test_panels_fetch_each_line_of_the_output_and_the_residual(scope: CopyScope,
     kernel = replace(chosen, geometry=geometry, oc_tile=8, block=8, vectors_per_tile=2, rows_per_task=1)
     text = schedule_function(kernel_prim_func(kernel), target).script()
     # In each of 8 parts of the reduction one channel's 2 vectors and the end of the second, of two tensors.
-    assert text.count("T.prefetch(") + text.count('"tirx.prefetch"') == (6 if kept_parts else 0)
+    assert text.count('"tvm_nm_fetch"') + text.count('"tvm_nm_fetch_to_write"') == (6 if kept_parts else 0)
     assert (f"range({kept_parts})" in text) == bool(kept_parts)
 
 

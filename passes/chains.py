@@ -14,16 +14,18 @@ from tvm_nm.detect import detect_pattern
 from tvm_nm.passes.epilogue import BindingGraph, FusedLayer
 from tvm_nm.passes.select import Choice, conv_workload
 from tvm_nm.patterns import OneByN
-from tvm_nm.schedules.chain import ChainKernel, Mixing, chain_applies
+from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing, chain_applies
 from tvm_nm.schedules.chain_packing import channel_vectors, pack_depthwise, pack_mixing
 from tvm_nm.schedules.chain_tiling import chain_cycles, choose_chain
 from tvm_nm.schedules.conv import IndexKind
+from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row
+from tvm_nm.schedules.tuned import TunedKernels
 from tvm_nm.schedules.variants import kernel_cycles
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["ChainChoice", "choose_chain_kernel", "find_chains"]
+__all__ = ["ChainChoice", "chain_works", "choose_chain_kernel", "find_chains", "skipped_inputs"]
 
 Weights = npt.NDArray[np.float32]
 Chain = tuple[FusedLayer, ...]
@@ -52,6 +54,8 @@ class ChainChoice:
         Share of each layer's weights that are not zero.
     notes
         Why a layer's zeros are not exploited; empty if they are, or if there are none.
+    tuning
+        Where the variant comes from, as of `Choice`.
     """
 
     layers: Chain
@@ -61,6 +65,7 @@ class ChainChoice:
     patterns: tuple[str, ...]
     densities: tuple[float, ...]
     notes: tuple[str, ...]
+    tuning: str = "default"
 
 
 def find_chains(layers: Sequence[FusedLayer], bindings: Sequence[Any], result: Any) -> tuple[Chain, ...]:
@@ -77,20 +82,27 @@ def find_chains(layers: Sequence[FusedLayer], bindings: Sequence[Any], result: A
             continue
         last = by_call.get(graph.only_user(depthwise.end))
         for chain in ((first, depthwise, last), (first, depthwise)):
-            if None not in chain and chain_applies(*_workloads(chain)):  # type: ignore[arg-type]
+            if None not in chain and chain_applies(*chain_works(chain)):  # type: ignore[arg-type]
                 chains.append(chain)
                 taken |= {layer.found.var for layer in chain}  # type: ignore[union-attr]
                 break
     return tuple(chains)  # type: ignore[arg-type]
 
 
-def _workloads(chain: Chain) -> tuple[ConvWorkload, ConvWorkload, ConvWorkload | None]:
+def chain_works(chain: Chain) -> tuple[ConvWorkload, ConvWorkload, ConvWorkload | None]:
+    """Return the workloads of a chain's layers."""
     works = [conv_workload(layer.found.layer, layer.epilogue) for layer in chain]
     return works[0], works[1], works[2] if len(works) > 2 else None
 
 
 def choose_chain_kernel(
-    chain: Chain, alone: Sequence[Choice], machine: Machine, *, blocked_input: bool, always_sparse: bool
+    chain: Chain,
+    alone: Sequence[Choice],
+    machine: Machine,
+    *,
+    blocked_input: bool,
+    always_sparse: bool,
+    tuned: TunedKernels | None = None,
 ) -> ChainChoice | None:
     """Choose a chain's kernel; None where its layers are predicted to be faster one by one.
 
@@ -106,31 +118,36 @@ def choose_chain_kernel(
         Whether the input is there as a blocked tensor.
     always_sparse
         Whether a layer whose zeros have a pattern must be computed by a kernel that skips them.
+    tuned
+        Tuned variants, which replace the default ones.
     """
     if machine.lanes < 8:
         return None  # half of the registers would be needed for operands
-    works = _workloads(chain)
+    works = chain_works(chain)
     weights = [layer.found.weight for layer in chain]
     mixing = (0, 2) if len(chain) > 2 else (0,)
-    sparse = {position: _sparsity(works[position], weights[position], machine) for position in mixing}
+    sparse = {position: skipped_inputs(works[position], weights[position], machine) for position in mixing}
     options: dict[int, list[Mixing]] = {}
     for position, choice in enumerate(alone):
         must_skip = always_sparse and choice.pattern != "dense"
         found = sparse.get(position)
         if must_skip and found is None:
             return None
-        options[position] = [Mixing(0)] * (not must_skip) + [found] * (found is not None)  # type: ignore[list-item]
+        options[position] = [KEEP_ALL] * (not must_skip) + [found] * (found is not None)  # type: ignore[list-item]
     kernels = [
         choose_chain(works, machine, kept=(one, other), blocked_input=blocked_input and works[0].is_pointwise)
-        for one, other in itertools.product(options[0], options.get(2, [Mixing(0)]))
+        for one, other in itertools.product(options[0], options.get(2, [KEEP_ALL]))
     ]
     kernel = min(kernels, key=lambda variant: chain_cycles(variant, machine))
     if chain_cycles(kernel, machine) >= sum(kernel_cycles(choice.kernel, machine) for choice in alone):
         return None
-    return _packed(chain, kernel, weights, alone)
+    better = None if tuned is None else tuned.best(KernelTask.of(kernel, machine.threads))
+    if better is not None and isinstance(better.kernel, ChainKernel):
+        return _packed(chain, better.kernel, weights, alone, better.origin)
+    return _packed(chain, kernel, weights, alone, "default")
 
 
-def _sparsity(work: ConvWorkload | None, weights: Weights, machine: Machine) -> Mixing | None:
+def skipped_inputs(work: ConvWorkload | None, weights: Weights, machine: Machine) -> Mixing | None:
     """Return what a layer keeps; None where the kernel cannot skip what its pattern drops, or too little is dropped."""
     assert work is not None
     pattern = detect_pattern(weights != 0, work.groups).pattern
@@ -140,7 +157,9 @@ def _sparsity(work: ConvWorkload | None, weights: Weights, machine: Machine) -> 
     return None if kept > _WORTHWHILE * work.in_channels else Mixing(0, kept, pattern.n)
 
 
-def _packed(chain: Chain, kernel: ChainKernel, weights: Sequence[Weights], alone: Sequence[Choice]) -> ChainChoice:
+def _packed(
+    chain: Chain, kernel: ChainKernel, weights: Sequence[Weights], alone: Sequence[Choice], tuning: str
+) -> ChainChoice:
     packed, patterns, notes = [], [], []
     for position, choice in enumerate(alone):
         mixing = (kernel.mixing, None, kernel.last_mixing)[position]
@@ -161,4 +180,5 @@ def _packed(chain: Chain, kernel: ChainKernel, weights: Sequence[Weights], alone
         tuple(patterns),
         tuple(choice.density for choice in alone),
         tuple(notes),
+        tuning,
     )

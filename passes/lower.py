@@ -94,7 +94,7 @@ class Lower:
         choose_dense = partial(choose_fc, always_sparse=sparse, tuned=tuned)
         chains = find_chains(layers, bindings, main.body.body) if self._chains else ()
         lowering = _Lowering(mod, layers, self._target, choose, choose_dense)
-        lowering.choose_chains(chains, always_sparse=sparse)
+        lowering.choose_chains(chains, always_sparse=sparse, tuned=tuned)
         lowered = lowering.run(mod)
         # An object, not a list: TVM cannot read an attribute of fewer than 8 characters back.
         reports = json.dumps({"layers": [report.to_dict() for report in lowering.reports]})
@@ -127,12 +127,14 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         self._blocked: dict[Any, Any] = {}
         self.reports: list[LayerReport] = []
 
-    def choose_chains(self, chains: tuple[Chain, ...], *, always_sparse: bool) -> None:
+    def choose_chains(self, chains: tuple[Chain, ...], *, always_sparse: bool, tuned: TunedKernels | None) -> None:
         """Decide which chains of layers are computed by one kernel each."""
         for chain in chains:
             alone = [self._choice(fused) for fused in chain]
             blocked = chain[0].found.call.args[0] in self._chain_by_end
-            found = choose_chain_kernel(chain, alone, self._machine, blocked_input=blocked, always_sparse=always_sparse)
+            found = choose_chain_kernel(
+                chain, alone, self._machine, blocked_input=blocked, always_sparse=always_sparse, tuned=tuned
+            )
             if found is None:
                 self._alone |= {fused.end: choice for fused, choice in zip(chain, alone, strict=True)}
             else:
@@ -285,6 +287,7 @@ def _chain_reports(choice: ChainChoice, function: str) -> list[LayerReport]:
             kept_macs=choice.kernel.layer_macs[number],
             packed_bytes=choice.packed[number].bytes,
             note=choice.notes[number],
+            tuning=choice.tuning,
             chain=name if number else "",
         )
         for number, fused in enumerate(choice.layers)

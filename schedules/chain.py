@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["ChainKernel", "Mixing", "blocked_shape", "chain_applies"]
+__all__ = ["KEEP_ALL", "ChainKernel", "Mixing", "blocked_shape", "chain_applies"]
 
 _MOST_TAPS = 49
 
@@ -38,6 +38,10 @@ class Mixing:
     vectors: int
     kept: int = 0
     block: int = 0
+
+
+KEEP_ALL = Mixing(0)
+"""What a layer without an index table keeps, before a register tile is chosen."""
 
 
 @dataclass(frozen=True, slots=True)

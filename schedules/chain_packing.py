@@ -9,10 +9,9 @@ from tvm_nm.schedules.chain import ChainKernel, Mixing
 from tvm_nm.schedules.packing import PackedWeights
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["PackedChain", "channel_vectors", "pack_depthwise", "pack_mixing"]
+__all__ = ["channel_vectors", "pack_depthwise", "pack_mixing", "random_offsets"]
 
 Array = npt.NDArray[np.float32]
-PackedChain = tuple[PackedWeights, ...]
 
 
 def channel_vectors(values: Array, lanes: int) -> Array:
@@ -49,6 +48,16 @@ def pack_mixing(kernel: ChainKernel, weights: Array, *, last: bool) -> PackedWei
     offsets = _offsets(kernel, work, last)
     parts = [flat[start : start + group][:, orders[start // mixing.block]] for start in starts]
     return PackedWeights(_joined(parts), offsets[np.concatenate(orders)].astype(np.int32))
+
+
+def random_offsets(kernel: ChainKernel, rng: np.random.Generator, *, last: bool) -> npt.NDArray[np.int32]:
+    """Return an index table as `pack_mixing` makes it from weights of a random mask; the layer must have one."""
+    work, mixing = (kernel.last, kernel.last_mixing) if last else (kernel.first, kernel.mixing)
+    assert work is not None
+    offsets = _offsets(kernel, work, last)
+    rows = range(-(-work.out_channels // mixing.block))
+    orders = [np.sort(rng.permutation(work.in_channels)[: mixing.kept]) for _ in rows]
+    return offsets[np.concatenate(orders)].astype(np.int32)
 
 
 def _joined(groups: list[Array]) -> Array:

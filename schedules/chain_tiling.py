@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from tvm_nm.schedules.chain import ChainKernel, Mixing
+from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
@@ -21,7 +21,7 @@ _FMA_SLOWDOWN = 1.1
 _STORE_CYCLES = 2.0
 _TASK_OVERHEAD = 300.0
 _STREAM_BYTES_PER_CYCLE = 12.0
-_L2_BYTES_PER_CYCLE = 24.0
+_L2_BYTES_PER_CYCLE = 64.0
 _L1_BYTES = 40 * 1024
 _L2_BYTES = 1 << 20
 _MOST_BAND_BYTES = 3 << 19
@@ -33,7 +33,7 @@ def choose_chain(
     layers: tuple[ConvWorkload, ConvWorkload, ConvWorkload | None],
     machine: Machine,
     *,
-    kept: tuple[Mixing, Mixing] = (Mixing(0), Mixing(0)),
+    kept: tuple[Mixing, Mixing] = (KEEP_ALL, KEEP_ALL),
     blocked_input: bool = False,
 ) -> ChainKernel:
     """Return the variant of a chain with the least predicted cycles.
@@ -57,7 +57,7 @@ def chain_candidates(
     layers: tuple[ConvWorkload, ConvWorkload, ConvWorkload | None],
     machine: Machine,
     *,
-    kept: tuple[Mixing, Mixing] = (Mixing(0), Mixing(0)),
+    kept: tuple[Mixing, Mixing] = (KEEP_ALL, KEEP_ALL),
     blocked_input: bool = False,
 ) -> list[ChainKernel]:
     """Return the variants worth trying; parameters as of `choose_chain`."""

@@ -6,26 +6,60 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing, chain_applies
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
 from tvm_nm.workload import ConvWorkload, Epilogue
 
-__all__ = ["TEMPLATE_REVISION", "KernelTask", "parse_task"]
+__all__ = ["TEMPLATE_REVISION", "ChainLinks", "KernelTask", "parse_task"]
 
 TEMPLATE_REVISION = 3
 """Version of the kernels' code: records of another one are not used. Raise it when a change of a computation or a
 template makes other variants the fastest, or when a variant's text form changes its meaning."""
 
-_TASK = re.compile(
-    r"(?P<kind>conv|fc) (?:n(?P<n>\d+) )?(?P<ic>\d+)x(?P<h>\d+)x(?P<w>\d+)->(?P<oc>\d+) k(?P<kernel>\d+x\d+)"
+_LAYER = re.compile(
+    r"(?:n(?P<n>\d+) )?(?P<ic>\d+)x(?P<h>\d+)x(?P<w>\d+)->(?P<oc>\d+) k(?P<kernel>\d+x\d+)"
     r"(?: s(?P<stride>\d+x\d+))?(?: p(?P<padding>\d+(?:,\d+){3}))?(?: d(?P<dilation>\d+x\d+))?(?: g(?P<groups>\d+))?"
     r" (?P<epilogue>bias\S*)"
+)
+_TASK = re.compile(
+    r"(?P<kind>conv|fc) (?P<layer>[^;]*)"
     r"; (?:dense|(?P<winograd>winograd)|1x(?P<block>\d+) (?P<index>channel|position) (?P<kept>\d+)"
     r"(?: (?P<of_group>\d+) of (?P<group>\d+))?)"
     r"; (?P<threads>\d+) threads?"
 )
+_KEPT = r"(?:dense|1x(?P<block{0}>\d+) channel (?P<kept{0}>\d+))"
+_CHAIN = re.compile(
+    r"chain(?P<blocked> blocked)? (?P<first>[^;]*?) > (?P<depthwise>[^;]*?)(?: > (?P<last>[^;]*))?"
+    rf"; {_KEPT.format(1)}, {_KEPT.format(2)}; (?P<threads>\d+) threads?"
+)
 _EPILOGUE = re.compile(r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ChainLinks:
+    """What a chain's task has beside its first layer.
+
+    Attributes
+    ----------
+    depthwise, last
+        Its other layers.
+    kept, last_kept
+        What the first and the last layer keep; `vectors` is 0, being a variant's choice.
+    blocked_input
+        Whether its input is blocked.
+    """
+
+    depthwise: ConvWorkload
+    last: ConvWorkload | None = None
+    kept: Mixing = KEEP_ALL
+    last_kept: Mixing = KEEP_ALL
+    blocked_input: bool = False
+
+    @property
+    def layers(self) -> tuple[ConvWorkload, ...]:
+        return (self.depthwise,) if self.last is None else (self.depthwise, self.last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +72,10 @@ class KernelTask:
     Attributes
     ----------
     kind
-        `conv` or `fc`.
+        `conv`, `fc` or `chain`.
     workload
         Shape and epilogue, as the model has them (kernels may reshape 1x1 convolutions); a fully connected layer
-        is a 1x1 convolution of a 1x1 map.
+        is a 1x1 convolution of a 1x1 map. A chain's first layer.
     threads
         Threads that the kernel runs with.
     index
@@ -55,6 +89,8 @@ class KernelTask:
         each kernel position. 0 where nothing is known of that.
     winograd
         Whether it is computed by Winograd's algorithm: a task of its own, since who builds may not want that.
+    links
+        The rest of a chain.
 
     Raises
     ------
@@ -63,7 +99,7 @@ class KernelTask:
         not apply.
     """
 
-    kind: Literal["conv", "fc"]
+    kind: Literal["conv", "fc", "chain"]
     workload: ConvWorkload
     threads: int
     index: IndexKind = IndexKind.NONE
@@ -72,8 +108,13 @@ class KernelTask:
     winograd: bool = False
     of_group: int = 0
     group: int = 0
+    links: ChainLinks | None = None
 
     def __post_init__(self) -> None:
+        if (self.kind == "chain") != (self.links is not None) or (self.links and self.index is not IndexKind.NONE):
+            raise ValueError(f"chains have links, which say what they keep: {self!r}")
+        if self.links is not None and not chain_applies(self.workload, self.links.depthwise, self.links.last):
+            raise ValueError(f"no chain: {self!r}")
         if self.winograd and (self.index is not IndexKind.NONE or not winograd_applies(self.workload)):
             raise ValueError(f"Winograd's algorithm does not apply to {self!r}")
         if self.index is IndexKind.NONE:
@@ -92,16 +133,23 @@ class KernelTask:
     @property
     def density(self) -> float:
         """Share of the weights that the kernel computes with."""
+        if self.links is not None:
+            return self.macs / sum(work.macs for work in (self.workload, *self.links.layers))
         return 1.0 if self.index is IndexKind.NONE else self.kept / self.inputs
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates on kept weights."""
+        if self.links is not None:
+            last = 0 if self.links.last is None else _kept_macs(self.links.last, self.links.last_kept)
+            return _kept_macs(self.workload, self.links.kept) + self.links.depthwise.macs + last
         return round(self.workload.macs * self.density)
 
     @property
     def dense(self) -> KernelTask:
         """The same layer with all its weights."""
+        if self.links is not None:
+            return replace(self, links=replace(self.links, kept=KEEP_ALL, last_kept=KEEP_ALL))
         return KernelTask(self.kind, self.workload, self.threads)
 
     @property
@@ -115,26 +163,24 @@ class KernelTask:
 
     def __str__(self) -> str:
         """Return the text form that `parse_task` reads."""
-        work = self.workload
-        text = self.kind + (f" n{work.batch}" if work.batch != 1 else "")
-        text += f" {work.in_channels}x{work.height}x{work.width}->{work.out_channels} k{_pair(work.kernel)}"
-        if work.stride != (1, 1):
-            text += f" s{_pair(work.stride)}"
-        if any(work.padding):
-            text += f" p{','.join(map(str, work.padding))}"
-        if work.dilation != (1, 1):
-            text += f" d{_pair(work.dilation)}"
-        if work.groups != 1:
-            text += f" g{work.groups}"
-        text += f" {work.epilogue}; "
+        plural = f"; {self.threads} thread{'s' if self.threads > 1 else ''}"
+        if self.links is not None:
+            links = self.links
+            text = f"chain{' blocked' if links.blocked_input else ''} "
+            text += " > ".join(_layer_text(work) for work in (self.workload, *links.layers))
+            return f"{text}; {_kept_text(links.kept)}, {_kept_text(links.last_kept)}{plural}"
+        text = f"{self.kind} {_layer_text(self.workload)}; "
         dense = "winograd" if self.winograd else "dense"
         text += dense if self.index is IndexKind.NONE else f"1x{self.block} {self.index.value} {self.kept}"
         text += f" {self.of_group} of {self.group}" if self.group else ""
-        return f"{text}; {self.threads} thread{'s' if self.threads > 1 else ''}"
+        return text + plural
 
     @classmethod
     def of(
-        cls, kernel: ConvKernel | FcKernel | WinogradKernel, threads: int, workload: ConvWorkload | None = None
+        cls,
+        kernel: ConvKernel | FcKernel | WinogradKernel | ChainKernel,
+        threads: int,
+        workload: ConvWorkload | None = None,
     ) -> KernelTask:
         """Return the task that a kernel is a variant of.
 
@@ -147,6 +193,10 @@ class KernelTask:
         workload
             The convolution's workload before a variant reshaped it; default: the kernel's.
         """
+        if isinstance(kernel, ChainKernel):
+            kept, last_kept = (replace(mixing, vectors=0) for mixing in (kernel.mixing, kernel.last_mixing))
+            links = ChainLinks(kernel.depthwise, kernel.last, kept, last_kept, kernel.blocked_input)
+            return cls("chain", kernel.first, threads, links=links)
         if isinstance(kernel, FcKernel):
             work = ConvWorkload(
                 kernel.batch, kernel.in_features, kernel.out_features, 1, 1, (1, 1), epilogue=kernel.epilogue
@@ -170,11 +220,38 @@ def parse_task(text: str) -> KernelTask:
     ValueError
         If the text is no task.
     """
+    if text.startswith("chain"):
+        return _parse_chain(text)
     found = _TASK.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r:.200} is no kernel task, such as {_EXAMPLE!r}")
+    workload = _read_layer(found["layer"])
+    kind: Literal["conv", "fc"] = "conv" if found["kind"] == "conv" else "fc"
+    threads = int(found["threads"])
+    if found["index"] is None:
+        return KernelTask(kind, workload, threads, winograd=found["winograd"] is not None)
+    block, kept, *of = (int(found[name] or 0) for name in ("block", "kept", "of_group", "group"))
+    return KernelTask(kind, workload, threads, IndexKind(found["index"]), block, kept, False, *of)
+
+
+def _parse_chain(text: str) -> KernelTask:
+    found = _CHAIN.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r:.200} is no task of a chain")
+    kept, last_kept = (
+        Mixing(0, int(found[f"kept{number}"] or 0), int(found[f"block{number}"] or 0)) for number in (1, 2)
+    )
+    last = None if found["last"] is None else _read_layer(found["last"])
+    links = ChainLinks(_read_layer(found["depthwise"]), last, kept, last_kept, found["blocked"] is not None)
+    return KernelTask("chain", _read_layer(found["first"]), int(found["threads"]), links=links)
+
+
+def _read_layer(text: str) -> ConvWorkload:
+    found = _LAYER.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r:.200} is no layer of a kernel task, such as {_EXAMPLE!r}")
     top, left, bottom, right = (int(pad) for pad in (found["padding"] or "0,0,0,0").split(","))
-    workload = ConvWorkload(
+    return ConvWorkload(
         int(found["n"] or 1),
         int(found["ic"]),
         int(found["oc"]),
@@ -187,12 +264,28 @@ def parse_task(text: str) -> KernelTask:
         int(found["groups"] or 1),
         _read_epilogue(found["epilogue"]),
     )
-    kind: Literal["conv", "fc"] = "conv" if found["kind"] == "conv" else "fc"
-    threads = int(found["threads"])
-    if found["index"] is None:
-        return KernelTask(kind, workload, threads, winograd=found["winograd"] is not None)
-    block, kept, *of = (int(found[name] or 0) for name in ("block", "kept", "of_group", "group"))
-    return KernelTask(kind, workload, threads, IndexKind(found["index"]), block, kept, False, *of)
+
+
+def _layer_text(work: ConvWorkload) -> str:
+    text = f"n{work.batch} " if work.batch != 1 else ""
+    text += f"{work.in_channels}x{work.height}x{work.width}->{work.out_channels} k{_pair(work.kernel)}"
+    if work.stride != (1, 1):
+        text += f" s{_pair(work.stride)}"
+    if any(work.padding):
+        text += f" p{','.join(map(str, work.padding))}"
+    if work.dilation != (1, 1):
+        text += f" d{_pair(work.dilation)}"
+    if work.groups != 1:
+        text += f" g{work.groups}"
+    return f"{text} {work.epilogue}"
+
+
+def _kept_text(kept: Mixing) -> str:
+    return f"1x{kept.block} channel {kept.kept}" if kept.kept else "dense"
+
+
+def _kept_macs(work: ConvWorkload, kept: Mixing) -> int:
+    return work.macs * kept.kept // work.in_channels if kept.kept else work.macs
 
 
 _EXAMPLE = "conv 64x56x56->64 k3x3 p1,1,1,1 bias+relu; 1x16 channel 32; 1 thread"

@@ -16,6 +16,9 @@ from typing import TypeAlias
 
 import tvm
 
+from tvm_nm.schedules.chain import ChainKernel
+from tvm_nm.schedules.chain_code import chain_prim_func
+from tvm_nm.schedules.chain_tiling import chain_candidates, chain_cycles
 from tvm_nm.schedules.channel_conv import ChannelConvKernel, channel_conv_prim_func
 from tvm_nm.schedules.channel_tiling import channel_candidates, channel_cycles
 from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
@@ -49,7 +52,7 @@ __all__ = [
     "variant_text",
 ]
 
-Kernel: TypeAlias = ConvKernel | ChannelConvKernel | LaneConvKernel | FcKernel | WinogradKernel
+Kernel: TypeAlias = ConvKernel | ChannelConvKernel | LaneConvKernel | FcKernel | WinogradKernel | ChainKernel
 
 _BEST_LAYOUTS = 24
 _OF_CHANNELS = 6
@@ -73,6 +76,8 @@ _FEATURE = re.compile(r"feature (?P<block>\d+)")
 def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
     """Return the variant of an untuned build."""
     work = task.workload
+    if task.links is not None:
+        return min(_chain_kernels(task, machine), key=lambda kernel: chain_cycles(kernel, machine))
     if task.winograd:
         found = choose_winograd(work, machine)
         assert found is not None  # the task has checked that it applies
@@ -95,6 +100,8 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
 
 def kernel_cycles(kernel: Kernel, machine: Machine) -> float:
     """Return the model's cycles of a convolution's variant of any family."""
+    if isinstance(kernel, ChainKernel):
+        return chain_cycles(kernel, machine)
     if isinstance(kernel, WinogradKernel):
         return winograd_cycles(kernel, machine)
     if isinstance(kernel, ChannelConvKernel):
@@ -103,6 +110,18 @@ def kernel_cycles(kernel: Kernel, machine: Machine) -> float:
         return lane_cycles(kernel, machine)
     assert isinstance(kernel, ConvKernel)  # of fully connected layers, bytes decide
     return predicted_cycles(kernel)
+
+
+def _chain_kernels(task: KernelTask, machine: Machine) -> list[ChainKernel]:
+    """Return the variants of a chain."""
+    links = task.links
+    assert links is not None
+    return chain_candidates(
+        (task.workload, links.depthwise, links.last),
+        machine,
+        kept=(links.kept, links.last_kept),
+        blocked_input=links.blocked_input,
+    )
 
 
 def _lane_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
@@ -127,7 +146,9 @@ def _channel_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
 
 
 def kernel_prim_func(kernel: Kernel) -> tvm.tirx.PrimFunc:
-    """Return the unscheduled PrimFunc of a variant of any family."""
+    """Return the PrimFunc of a variant of any family, which is not scheduled unless it is a chain's."""
+    if isinstance(kernel, ChainKernel):
+        return chain_prim_func(kernel)
     if isinstance(kernel, WinogradKernel):
         return winograd_prim_func(kernel)
     if isinstance(kernel, ChannelConvKernel):
@@ -139,6 +160,8 @@ def kernel_prim_func(kernel: Kernel) -> tvm.tirx.PrimFunc:
 
 def variant_text(kernel: Kernel) -> str:
     """Return what tells a variant from the others of its task, as text that `kernel_from_text` reads."""
+    if isinstance(kernel, ChainKernel):
+        return str(kernel)
     if isinstance(kernel, FcKernel):
         return f"feature {kernel.block}"
     if isinstance(kernel, WinogradKernel):
@@ -166,6 +189,8 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     ValueError
         If the text names no variant, or one that does not fit the task.
     """
+    if task.links is not None:
+        return _chain_from_text(text, task, machine)
     if task.kind == "fc":
         return _fc_from_text(text, task, machine)
     if task.winograd:
@@ -201,6 +226,13 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     if cut:
         cut = min(_divisors(kernel.kept), key=lambda length: abs(length - cut))
     return replace(kernel, vectors_per_tile=vectors, rows_per_task=rows, kept_per_block=cut)
+
+
+def _chain_from_text(text: str, task: KernelTask, machine: Machine) -> ChainKernel:
+    for kernel in _chain_kernels(task, machine):
+        if variant_text(kernel) == text:
+            return kernel
+    raise ValueError(f"{text!r:.100} is no variant of {task}")
 
 
 def _one_of(kernels: Iterable[Kernel], form: re.Pattern[str], text: str, task: KernelTask) -> Kernel:
@@ -241,6 +273,9 @@ def ranked_kernels(task: KernelTask, machine: Machine, limit: int) -> list[Kerne
     The first is the one that an untuned build uses.
     """
     default = default_kernel(task, machine)
+    if isinstance(default, ChainKernel):
+        chains = sorted(_chain_kernels(task, machine), key=lambda chain: chain_cycles(chain, machine))
+        return list[Kernel](chains[:limit])
     if isinstance(default, FcKernel):
         return [default, *neighbours(default, machine)][:limit]
     if isinstance(default, WinogradKernel):
@@ -271,6 +306,8 @@ def _alternate(some: Sequence[Kernel], others: Sequence[Kernel]) -> list[Kernel]
 
 def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
     """Return the variants that differ from one in a single choice, by their predicted time: a step of a climb."""
+    if isinstance(kernel, ChainKernel):
+        return _chain_steps(kernel, machine)
     if isinstance(kernel, FcKernel):
         if kernel.sparse:
             return []
@@ -292,6 +329,19 @@ def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
     found = {*_decisions(kernel), *_chunk_steps(kernel, machine), *_tile_steps(kernel, machine)} - {kernel}
     ordered = sorted((k for k in found if _is_valid(k, machine)), key=predicted_cycles)
     return list(ordered)
+
+
+def _chain_steps(kernel: ChainKernel, machine: Machine) -> list[Kernel]:
+    found = _chain_kernels(KernelTask.of(kernel, machine.threads), machine)
+    rows = _beside({k.rows for k in found}, kernel.rows)
+    near = []
+    for other in found:
+        pairs = ((other.staged, kernel.staged), (other.mixing, kernel.mixing), (other.last_mixing, kernel.last_mixing))
+        changes = sum(one != same for one, same in pairs) + (other.rows != kernel.rows)
+        if changes == 1 and (other.rows == kernel.rows or other.rows in rows):
+            near.append(other)
+    near.sort(key=lambda chain: chain_cycles(chain, machine))
+    return list[Kernel](near)
 
 
 def _differences(one: WinogradKernel, other: WinogradKernel) -> int:

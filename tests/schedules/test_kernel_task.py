@@ -8,10 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tvm_nm.schedules.chain import Mixing
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.fc import FcKernel
-from tvm_nm.schedules.kernel_task import KernelTask, parse_task
+from tvm_nm.schedules.kernel_task import ChainLinks, KernelTask, parse_task
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.tiling import choose_kernel
 from tvm_nm.schedules.variants import (
@@ -166,3 +167,52 @@ def test_a_text_that_fits_no_variant(text: str) -> None:
     task = KernelTask("conv", ConvWorkload(1, 64, 64, 64, 64, (3, 3), padding=(1, 1, 1, 1)), 1)
     with pytest.raises(ValueError, match=r"variant|fit"):
         kernel_from_text(text, task, AVX512)
+
+
+def chain(first: str, last: str | None, links: tuple[Mixing, Mixing], blocked: bool) -> KernelTask:
+    wide = ConvWorkload(1, 16, 96, 28, 28, (1, 1), epilogue=Epilogue.parse(first))
+    filtered = ConvWorkload(1, 96, 96, 28, 28, (3, 3), (2, 2), (1, 1, 1, 1), groups=96)
+    narrow = None if last is None else ConvWorkload(1, 96, 32, 14, 14, (1, 1), epilogue=Epilogue.parse(last))
+    return KernelTask("chain", wide, 1, links=ChainLinks(filtered, narrow, *links, blocked))
+
+
+CHAINS = [
+    chain("bias+relu", None, (Mixing(0), Mixing(0)), False),
+    chain("bias+clip(0.0,6.0)", "bias+add", (Mixing(0), Mixing(0)), True),
+    chain("bias", "bias", (Mixing(0, 8, 16), Mixing(0, 48, 32)), True),
+]
+
+
+@pytest.mark.parametrize("task", CHAINS)
+def test_chains_and_their_variants_read_back(task: KernelTask) -> None:
+    assert parse_task(str(task)) == task
+    ranked = ranked_kernels(task, AVX512, 12)
+    assert ranked[0] == default_kernel(task, AVX512)
+    assert len(set(ranked)) == len(ranked)
+    near = neighbours(ranked[0], AVX512)
+    assert near
+    assert ranked[0] not in near
+    for kernel in [*ranked, *near]:
+        assert kernel_from_text(variant_text(kernel), task, AVX512) == kernel
+        assert KernelTask.of(kernel, 1) == task  # type: ignore[arg-type]
+
+
+def test_what_a_chain_keeps() -> None:
+    dense, sparse = CHAINS[1:]
+    wide, filtered, narrow = 16 * 96 * 28 * 28, 9 * 96 * 14 * 14, 96 * 32 * 14 * 14
+    assert dense.macs == wide + filtered + narrow
+    assert dense.density == 1
+    assert sparse.macs == wide // 2 + filtered + narrow // 2
+    assert parse_task(str(sparse.dense)).density == 1
+    assert str(sparse).endswith("> 96x14x14->32 k1x1 bias; 1x16 channel 8, 1x32 channel 48; 1 thread")
+
+
+def test_what_is_no_chain() -> None:
+    with pytest.raises(ValueError, match="no task of a chain"):
+        parse_task(str(CHAINS[0]).replace(" > ", " < "))
+    with pytest.raises(ValueError, match="no chain"):
+        parse_task(str(CHAINS[0]).replace("96x28x28->96", "96x27x28->96"))
+    with pytest.raises(ValueError, match="chains have links"):
+        KernelTask("chain", CHAINS[0].workload, 1)
+    with pytest.raises(ValueError, match="no variant of"):
+        kernel_from_text("chain 2/2 band 3", CHAINS[0], AVX512)

@@ -231,6 +231,21 @@ def test_tuning_again_tunes_what_is_missing(tmp_path: Path) -> None:
     assert anew.outcomes[0].trials > 0
 
 
+def test_chains_are_tuned(tmp_path: Path) -> None:
+    net = Net((1, 16, 14, 14))
+    x = net.add("Relu", net.conv("input", (96, 16, 1, 1)))
+    x = net.add("Relu", net.conv(x, (96, 1, 3, 3), group=96, pads=[1, 1, 1, 1]))
+    model = net.model(net.add("Relu", net.conv(x, (32, 96, 1, 1))))
+    tasks = [item for item in model_tasks(import_onnx(model).module, MACHINE) if item.task.links is not None]
+    assert [item.task.macs for item in tasks] == [(16 * 96 + 9 * 96 + 96 * 32) * 14 * 14]
+    summary = tune_tasks(tasks, TuningDatabase(tmp_path, TARGET), trials=3)
+    assert summary.outcomes[0].origin == "measured"
+    assert not summary.failures
+    tuned = tvm_nm.compile(model, database=tmp_path, pattern="dense", target=TARGET, shipped_records=False)
+    assert {layer.tuning for layer in tuned.layers} == {"measured"}
+    assert {layer.kernel for layer in tuned.layers} == {summary.outcomes[0].variant}
+
+
 class Interrupts(Progress):
     """Presses Ctrl-C when the first task is done."""
 

@@ -29,6 +29,7 @@ from tvm import s_tir
 
 from tvm_nm.errors import TuningError
 from tvm_nm.schedules.apply import apply_template
+from tvm_nm.schedules.chain import ChainKernel
 from tvm_nm.schedules.conv import ConvKernel
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, KernelTask, parse_task
 from tvm_nm.schedules.machine import machine_of
@@ -289,6 +290,8 @@ class TuningDatabase(TrialTable):
             # Opened for each call, under the lock: it counts the lines of its file, which others may have added to.
             records = open_records(self.folder)
             for best in found:
+                if isinstance(best.kernel, ChainKernel):
+                    continue  # it needs no schedule
                 module = tvm.IRModule({"main": kernel_prim_func(best.kernel)})
                 schedule = s_tir.Schedule(module)
                 apply_template(schedule)

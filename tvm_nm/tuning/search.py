@@ -148,5 +148,5 @@ def _distance(one: KernelTask, other: KernelTask) -> float:
 
 def _shape(task: KernelTask) -> tuple[object, ...]:
     """Return what a variant's pixel layout depends on; channels may differ."""
-    work = task.workload
-    return (work.height, work.width, work.kernel, work.stride, work.padding, work.dilation)
+    works = [task.workload, *(task.links.layers if task.links else ())]
+    return tuple((work.height, work.width, work.kernel, work.stride, work.padding, work.dilation) for work in works)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +11,16 @@ import tvm
 from tvm_nm.detect import detect_pattern
 from tvm_nm.errors import PlanError
 from tvm_nm.inventory import inventory, layer_calls
+from tvm_nm.passes.chains import chain_works, find_chains, skipped_inputs
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
 from tvm_nm.passes.power import QuarterPowers
 from tvm_nm.passes.select import conv_workload, index_kind, nm_of, sparse_task
 from tvm_nm.patterns import Dense, OneByN, SparsityPattern, parse_pattern
 from tvm_nm.plan import uniform_plan
+from tvm_nm.schedules.chain import KEEP_ALL, Mixing
 from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.fc import choose_fc_kernel
-from tvm_nm.schedules.kernel_task import KernelTask
+from tvm_nm.schedules.kernel_task import ChainLinks, KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import kept_per_block_row
 from tvm_nm.schedules.winograd import winograd_applies
@@ -85,10 +87,13 @@ def model_tasks(
         pattern, density = wanted[0]
         eligible = {choice.name for choice in uniform_plan(layers, pattern, density, include, exclude).layers}
     names: dict[KernelTask, list[str]] = {}
-    for fused in _fused_layers(module):
+    fused_layers, chains = _fused_layers(module)
+    for fused in fused_layers:
         layer = fused.found.layer
         for task in _layer_tasks(fused, machine, wanted if layer.name in eligible else []):
             names.setdefault(task, []).append(layer.name)
+    for task, name in _chain_tasks(chains, machine, wanted, eligible):
+        names.setdefault(task, []).append(name)
     return tuple(ModelTask(task, tuple(found)) for task, found in names.items())
 
 
@@ -144,12 +149,48 @@ def _wanted(
     return [(pattern, density) for pattern, density in pairs if not isinstance(pattern, Dense)]
 
 
-def _fused_layers(module: tvm.IRModule) -> tuple[FusedLayer, ...]:
+def _fused_layers(module: tvm.IRModule) -> tuple[tuple[FusedLayer, ...], tuple[tuple[FusedLayer, ...], ...]]:
     module = tvm.transform.Sequential([QuarterPowers()])(module)
     calls = [found for found in layer_calls(module) if found.layer.kind == "conv" or len(found.layer.input_shape) == 2]
     main = module["main"]
     bindings = [binding for block in main.body.blocks for binding in block.bindings]
-    return fuse_epilogues(calls, bindings, main.body.body)
+    layers = fuse_epilogues(calls, bindings, main.body.body)
+    return layers, find_chains(layers, bindings, main.body.body)
+
+
+def _chain_tasks(
+    chains: Sequence[tuple[FusedLayer, ...]],
+    machine: Machine,
+    wanted: Sequence[tuple[SparsityPattern, float]],
+    eligible: set[str],
+) -> Iterator[tuple[KernelTask, str]]:
+    """Yield the chains' tasks and their first layers' names: dense, with their own zeros, and with those wanted."""
+    if machine.lanes < 8:
+        return
+    ends = {chain[-1].end for chain in chains}
+    for chain in chains:
+        first, depthwise, last = chain_works(chain)
+        blocked = first.is_pointwise and chain[0].found.call.args[0] in ends
+        mixing = [(0, first)] + ([(2, last)] if last is not None else [])
+        found = {(KEEP_ALL, KEEP_ALL)}
+        own = [skipped_inputs(work, chain[at].found.weight, machine) or KEEP_ALL for at, work in mixing]
+        found.add((own[0], own[1] if last is not None else KEEP_ALL))
+        for pattern, density in wanted:
+            kept = [
+                _kept_inputs(work, machine, pattern, density) if chain[at].found.layer.name in eligible else KEEP_ALL
+                for at, work in mixing
+            ]
+            found.add((kept[0], kept[1] if last is not None else KEEP_ALL))
+        for one, other in sorted(found, key=str):
+            links = ChainLinks(depthwise, last, one, other, blocked)
+            yield KernelTask("chain", first, machine.threads, links=links), chain[0].found.layer.name
+
+
+def _kept_inputs(work: ConvWorkload, machine: Machine, pattern: SparsityPattern, density: float) -> Mixing:
+    """Return what a chain's layer keeps that is pruned to a pattern; everything if a chain cannot skip it."""
+    task = layer_task(work, machine.threads, pattern, density)
+    skips = isinstance(pattern, OneByN) and task.index is IndexKind.CHANNEL and pattern.n % machine.lanes == 0
+    return Mixing(0, task.kept, pattern.n) if skips and isinstance(pattern, OneByN) else KEEP_ALL
 
 
 def _layer_tasks(

@@ -25,6 +25,9 @@ from tvm import te
 from tvm_nm.linker import export_library
 from tvm_nm.runtime import release_memory, use_threads
 from tvm_nm.schedules.apply import pass_context, schedule_function
+from tvm_nm.schedules.chain import ChainKernel
+from tvm_nm.schedules.chain_code import argument_shapes
+from tvm_nm.schedules.chain_packing import random_offsets
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.channel_packing import random_positions
 from tvm_nm.schedules.conv import ConvKernel
@@ -173,6 +176,12 @@ def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any,
     def values(*shape: int) -> np.ndarray[Any, Any]:
         return np.resize(block, shape)  # a layer may have 100 million of them
 
+    if isinstance(kernel, ChainKernel):
+        tables = {"first_index": False, "last_index": True}
+        return [
+            random_offsets(kernel, rng, last=tables[name]) if name in tables else values(*shape)
+            for name, (shape, _) in argument_shapes(kernel).items()
+        ]
     out: tuple[int, ...]
     data: tuple[int, ...]
     weight: tuple[int, ...]

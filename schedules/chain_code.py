@@ -38,7 +38,23 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
 from tvm_nm.schedules.chain import ChainKernel, Mixing, blocked_shape
-from tvm_nm.workload import ConvWorkload, Epilogue
+from tvm_nm.schedules.chain_loops import (
+    activated,
+    add_to,
+    blocked_channel,
+    bound,
+    divided,
+    in_groups,
+    least,
+    load,
+    most_of,
+    one_group,
+    prefetch,
+    splat,
+    store_vector,
+    tiles,
+)
+from tvm_nm.workload import ConvWorkload
 
 __all__ = ["argument_shapes", "chain_prim_func"]
 
@@ -115,19 +131,19 @@ class _Code:
             self._emit_staged()
             return
         with T.parallel(0, kernel.first.batch * kernel.bands) as task:
-            image, band = _divided(task, kernel.bands, kernel.first.batch)
+            image, band = divided(task, kernel.bands, kernel.first.batch)
             source = self._source(image, band)
             padded = T.alloc_buffer((kernel.mixing.vectors * self._padded_plane,), "float32")
             hidden, base = self._buffers["out"], None
             if kernel.last is not None:
                 hidden, base = T.alloc_buffer((kernel.hidden_vectors * kernel.hidden_plane,), "float32"), 0
-            _in_groups(
+            in_groups(
                 kernel.hidden_vectors,
                 kernel.mixing.vectors,
                 lambda start, count: self._hidden_channels(image, band, start, count, source, padded, hidden, base),
             )
             if kernel.last is not None:
-                _in_groups(
+                in_groups(
                     kernel.out_vectors,
                     kernel.last_mixing.vectors,
                     lambda start, count: self._last(image, band, start, count, hidden, 0),
@@ -141,11 +157,11 @@ class _Code:
             hidden, base = T.alloc_buffer((kernel.first.batch * size,), "float32"), 0
         groups = -(-kernel.hidden_vectors // kernel.mixing.vectors)
         with T.parallel(0, kernel.first.batch * kernel.bands * groups) as task:
-            image, rest = _divided(task, kernel.bands * groups, kernel.first.batch)
-            band, group = _divided(rest, groups, kernel.bands)
+            image, rest = divided(task, kernel.bands * groups, kernel.first.batch)
+            band, group = divided(rest, groups, kernel.bands)
             source = self._source(image, band)
             padded = T.alloc_buffer((kernel.mixing.vectors * self._padded_plane,), "float32")
-            _one_group(
+            one_group(
                 group,
                 kernel.hidden_vectors,
                 kernel.mixing.vectors,
@@ -157,10 +173,10 @@ class _Code:
             return
         groups = -(-kernel.out_vectors // kernel.last_mixing.vectors)
         with T.parallel(0, kernel.first.batch * kernel.bands * groups) as task:
-            image, rest = _divided(task, kernel.bands * groups, kernel.first.batch)
-            band, group = _divided(rest, groups, kernel.bands)
+            image, rest = divided(task, kernel.bands * groups, kernel.first.batch)
+            band, group = divided(rest, groups, kernel.bands)
             start = image * size + band * (kernel.rows * kernel.depthwise.out_width * self._lanes)
-            _one_group(
+            one_group(
                 group,
                 kernel.out_vectors,
                 kernel.last_mixing.vectors,
@@ -170,7 +186,7 @@ class _Code:
     def _rows_of(self, band: Any) -> Any:
         """Return the output rows of a band: the last one may have fewer."""
         rows, height = self._kernel.rows, self._kernel.depthwise.out_height
-        return rows if height % rows == 0 else _least(rows, height - band * rows)
+        return rows if height % rows == 0 else least(rows, height - band * rows)
 
     def _source(self, image: Any, band: Any) -> tuple[Any, Any]:
         """Return what the first layer reads, and where this image's starts: the input, or a padded copy of rows."""
@@ -185,9 +201,9 @@ class _Code:
         copy = T.alloc_buffer((work.in_channels * plane,), "float32")
         with T.serial(0, work.in_channels * plane) as i:
             T.buffer_store(copy, tirx.const(0.0, "float32"), [i])
-        first_row = _bound(self._top_row(band) * work.stride[0] - top)
-        begin = _most(0, -first_row)
-        end = _least(self._copy_rows, work.height - first_row)
+        first_row = bound(self._top_row(band) * work.stride[0] - top)
+        begin = most_of(0, -first_row)
+        end = least(self._copy_rows, work.height - first_row)
         width = min(work.width, self._copy_pitch - left)
         with T.serial(0, work.in_channels) as c, T.serial(0, end - begin) as r, T.serial(0, width) as x:
             row = begin + r
@@ -221,13 +237,13 @@ class _Code:
         kernel, lanes = self._kernel, self._lanes
         work, mixing = kernel.first, kernel.mixing
         _, left, _, right = kernel.depthwise.padding
-        top_row = _bound(self._top_row(band))
-        top = _most(0, -top_row)
-        bottom = _least(kernel.in_rows, work.out_height - top_row)
+        top_row = bound(self._top_row(band))
+        top = most_of(0, -top_row)
+        bottom = least(kernel.in_rows, work.out_height - top_row)
 
         def zero(vector: int, row: Any, column: Any) -> None:
             at = vector * self._padded_plane + (row * kernel.pitch + column) * lanes
-            _store(padded, at, _vector(0.0, lanes), lanes)
+            store_vector(padded, at, splat(0.0, lanes), lanes)
 
         for j in range(count):
             with T.serial(0, top) as row, T.serial(0, kernel.pitch) as column:
@@ -261,31 +277,31 @@ class _Code:
                     return position
                 if self._copies_input or not kernel.blocked_input:
                     return position if self._copies_input else position * (work.height * work.width)
-                return _blocked_channel(position, work.height * work.width * lanes, lanes)
+                return blocked_channel(position, work.height * work.width * lanes, lanes)
 
             def store(vector: int, pixel: int, value: Any) -> None:
                 at = (top + row + pixel // columns) * kernel.pitch + left + column + pixel % columns
-                value = _activated(value, work.epilogue, lanes)
-                _store(padded, vector * self._padded_plane + at * lanes, value, lanes)
+                value = activated(value, work.epilogue, lanes)
+                store_vector(padded, vector * self._padded_plane + at * lanes, value, lanes)
 
             self._mix("first", work, mixing, start, count, rows * columns, channel_of, inputs, store)
 
-        _tiles(bottom - top, work.out_width, kernel.pixels(count), tile)
+        tiles(bottom - top, work.out_width, kernel.pixels(count), tile)
 
     def _depthwise(self, band: Any, vector: Any, padded: Any, start: Any, hidden: Any, target: Any) -> None:
         kernel, lanes = self._kernel, self._lanes
         work = kernel.depthwise
         (kh, kw), (sy, sx) = work.kernel, work.stride
         weights = [
-            T.Bind(_load(self._buffers["depthwise"], (vector * work.taps + tap) * lanes, lanes))
+            T.Bind(load(self._buffers["depthwise"], (vector * work.taps + tap) * lanes, lanes))
             for tap in range(work.taps)
         ]
-        bias = T.Bind(_load(self._buffers["depthwise_bias"], vector * lanes, lanes))
+        bias = T.Bind(load(self._buffers["depthwise_bias"], vector * lanes, lanes))
 
         def tile(row: Any, column: Any, rows: int, columns: int) -> None:
             sums = T.alloc_buffer((rows * columns * lanes,), "float32", scope="local")
             for p in range(rows * columns):
-                _store(sums, p * lanes, bias, lanes)
+                store_vector(sums, p * lanes, bias, lanes)
             for y in range((rows - 1) * sy + kh):
                 for x in range((columns - 1) * sx + kw):
                     readers = [
@@ -297,15 +313,15 @@ class _Code:
                     if not readers:
                         continue
                     at = start + ((row * sy + y) * kernel.pitch + column * sx + x) * lanes
-                    value = T.Bind(_load(padded, at, lanes))
+                    value = T.Bind(load(padded, at, lanes))
                     for pixel, tap in readers:
-                        _add(sums, pixel, weights[tap] * value, lanes)
+                        add_to(sums, pixel, weights[tap] * value, lanes)
             for p in range(rows * columns):
-                value = _activated(_load(sums, p * lanes, lanes), work.epilogue, lanes)
+                value = activated(load(sums, p * lanes, lanes), work.epilogue, lanes)
                 at = target + ((row + p // columns) * work.out_width + column + p % columns) * lanes
-                _store(hidden, at, value, lanes)
+                store_vector(hidden, at, value, lanes)
 
-        _tiles(self._rows_of(band), work.out_width, kernel.depthwise_pixels, tile)
+        tiles(self._rows_of(band), work.out_width, kernel.depthwise_pixels, tile)
 
     def _last(self, image: Any, band: Any, start: Any, count: int, hidden: Any, base: Any) -> None:
         kernel, lanes = self._kernel, self._lanes
@@ -319,19 +335,19 @@ class _Code:
                 return [hidden[at + p * lanes] for p in range(rows * columns)]
 
             def channel_of(position: Any) -> Any:
-                return position if mixing.kept else _blocked_channel(position, kernel.hidden_plane, lanes)
+                return position if mixing.kept else blocked_channel(position, kernel.hidden_plane, lanes)
 
             def store(vector: int, pixel: int, value: Any) -> None:
                 pixels = work.out_height * work.out_width
                 at = (image * kernel.out_vectors + start + vector) * pixels
                 at = (at + (first_row + row) * work.out_width + column + pixel) * lanes
                 if work.epilogue.residual:
-                    value = value + _load(self._buffers["residual"], at, lanes)
-                _store(self._buffers["out"], at, _activated(value, work.epilogue, lanes), lanes)
+                    value = value + load(self._buffers["residual"], at, lanes)
+                store_vector(self._buffers["out"], at, activated(value, work.epilogue, lanes), lanes)
 
             self._mix("last", work, mixing, start, count, rows * columns, channel_of, inputs, store)
 
-        _tiles(self._rows_of(band), work.out_width, kernel.pixels(count), tile)
+        tiles(self._rows_of(band), work.out_width, kernel.pixels(count), tile)
 
     def _mix(
         self,
@@ -350,9 +366,9 @@ class _Code:
         weights, bias, index = (self._buffers.get(f"{name}{what}") for what in ("", "_bias", "_index"))
         sums = T.alloc_buffer((pixels * count * lanes,), "float32", scope="local")
         for j in range(count):
-            value = T.Bind(_load(bias, (start + j) * lanes, lanes))
+            value = T.Bind(load(bias, (start + j) * lanes, lanes))
             for p in range(pixels):
-                _store(sums, (p * count + j) * lanes, value, lanes)
+                store_vector(sums, (p * count + j) * lanes, value, lanes)
         row = tirx.indexdiv(start * lanes, mixing.block) if mixing.block else 0
         ahead = 4 * work.out_channels * kept * work.taps >= _STREAMED_BYTES
         with T.serial(0, kept) as position:
@@ -360,123 +376,14 @@ class _Code:
             channel = T.Bind(channel_of(entry))
             for tap in range(work.taps):
                 at = T.Bind(start * (kept * work.taps * lanes) + (position * work.taps + tap) * (count * lanes))
-                vectors = [T.Bind(_load(weights, at + j * lanes, lanes)) for j in range(count)]
+                vectors = [T.Bind(load(weights, at + j * lanes, lanes)) for j in range(count)]
                 if ahead:
                     for j in range(count):
-                        _prefetch(weights, at + j * lanes + _PREFETCH_BYTES // 4)
+                        prefetch(weights, at + j * lanes + _PREFETCH_BYTES // 4)
                 for p, scalar in enumerate(inputs(channel, *divmod(tap, work.kernel[1]))):
                     value = T.Bind(tirx.Broadcast(scalar, lanes))
                     for j in range(count):
-                        _add(sums, p * count + j, vectors[j] * value, lanes)
+                        add_to(sums, p * count + j, vectors[j] * value, lanes)
         for j in range(count):
             for p in range(pixels):
-                store(j, p, _load(sums, (p * count + j) * lanes, lanes))
-
-
-def _bound(value: Any) -> Any:
-    return value if isinstance(value, int) else T.Bind(value)
-
-
-def _least(one: int, other: Any) -> Any:
-    return min(one, other) if isinstance(other, int) else T.Bind(tirx.min(one, other))
-
-
-def _most(one: int, other: Any) -> Any:
-    return max(one, other) if isinstance(other, int) else T.Bind(tirx.max(one, other))
-
-
-def _divided(task: Any, inner: int, outer: int) -> tuple[Any, Any]:
-    """Return a task's place in an outer and an inner loop; constants for loops of one iteration."""
-    if outer == 1:
-        return 0, task if inner > 1 else 0
-    return (task, 0) if inner == 1 else (tirx.indexdiv(task, inner), tirx.indexmod(task, inner))
-
-
-def _in_groups(total: int, size: int, body: Callable[[Any, int], None]) -> None:
-    """Loop over groups of vectors; the last may be smaller and has code of its own."""
-    if total >= size:
-        with T.serial(0, total // size) as group:
-            body(group * size, size)
-    if total % size:
-        body(total // size * size, total % size)
-
-
-def _one_group(group: Any, total: int, size: int, body: Callable[[Any, int], None]) -> None:
-    """Emit what task `group` of `_in_groups` does."""
-    full, rest = divmod(total, size)
-    if not rest:
-        body(group * size, size)
-    elif not full:
-        body(0, rest)
-    else:
-        with T.If(group < full):
-            with T.Then():
-                body(group * size, size)
-            with T.Else():
-                body(full * size, rest)
-
-
-def _tiles(rows: Any, width: int, most: int, body: Callable[[Any, Any, int, int], None]) -> None:
-    """Cut rows of pixels into register tiles of at most `most`: whole rows if several fit, else parts of a row.
-
-    `body` gets a tile's first row and column, and its rows and columns.
-    """
-    if 2 * width <= most:
-        together = most // width
-        full = tirx.indexdiv(rows, together) if not isinstance(rows, int) else rows // together
-        with T.serial(0, full) as t:
-            body(t * together, 0, together, width)
-        rest = rows - full * together
-        if isinstance(rest, int):
-            if rest:
-                body(full * together, 0, rest, width)
-            return
-        with T.serial(0, rest) as t:
-            body(full * together + t, 0, 1, width)
-        return
-    columns = -(-width // -(-width // most))
-    full, rest = divmod(width, columns)
-    with T.serial(0, rows) as row:
-        if full > 1:
-            with T.serial(0, full) as t:
-                body(row, t * columns, 1, columns)
-        else:
-            body(row, 0, 1, columns)
-        if rest:
-            body(row, full * columns, 1, rest)
-
-
-def _blocked_channel(channel: Any, plane: int, lanes: int) -> Any:
-    """Return where a channel's first pixel lies in a blocked tensor; lanes are a power of two."""
-    vector = tirx.shift_right(channel, tirx.const(lanes.bit_length() - 1, "int32"))
-    return vector * plane + tirx.bitwise_and(channel, tirx.const(lanes - 1, "int32"))
-
-
-def _vector(value: float, lanes: int) -> Any:
-    return tirx.Broadcast(tirx.const(value, "float32"), lanes)
-
-
-def _load(buffer: Any, at: Any, lanes: int) -> Any:
-    return buffer.vload([at], f"float32x{lanes}")
-
-
-def _store(buffer: Any, at: Any, value: Any, lanes: int) -> None:
-    T.buffer_store(buffer, value, [tirx.Ramp(at, 1, lanes)])
-
-
-def _prefetch(buffer: Any, at: Any) -> None:
-    address = buffer.access_ptr("r", offset=at)
-    constants = (tirx.const(value, "int32") for value in (0, 3, 1))  # to be read, into L1, data
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *constants))
-
-
-def _add(sums: Any, register: int, product: Any, lanes: int) -> None:
-    _store(sums, register * lanes, _load(sums, register * lanes, lanes) + product, lanes)
-
-
-def _activated(value: Any, epilogue: Epilogue, lanes: int) -> Any:
-    if epilogue.clip_min is not None:
-        value = tirx.max(value, _vector(epilogue.clip_min, lanes))
-    if epilogue.clip_max is not None:
-        value = tirx.min(value, _vector(epilogue.clip_max, lanes))
-    return value
+                store(j, p, load(sums, (p * count + j) * lanes, lanes))

@@ -1,0 +1,147 @@
+"""Loops, register tiles and vector accesses of generated code, over flat buffers whose positions are elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
+
+from tvm_nm.workload import Epilogue
+
+__all__ = [
+    "activated",
+    "add_to",
+    "blocked_channel",
+    "bound",
+    "divided",
+    "in_groups",
+    "least",
+    "load",
+    "most_of",
+    "one_group",
+    "prefetch",
+    "splat",
+    "store_vector",
+    "tiles",
+    ,
+]
+
+
+def bound(value: Any) -> Any:
+    """Return a value, bound to a variable unless it is a constant."""
+    return value if isinstance(value, int) else T.Bind(value)
+
+
+def least(one: int, other: Any) -> Any:
+    """Return the smaller of two values, as `bound` does."""
+    return min(one, other) if isinstance(other, int) else T.Bind(tirx.min(one, other))
+
+
+def most_of(one: int, other: Any) -> Any:
+    """Return the larger of two values, as `bound` does."""
+    return max(one, other) if isinstance(other, int) else T.Bind(tirx.max(one, other))
+
+
+def divided(task: Any, inner: int, outer: int) -> tuple[Any, Any]:
+    """Return a task's place in an outer and an inner loop; constants for loops of one iteration."""
+    if outer == 1:
+        return 0, task if inner > 1 else 0
+    return (task, 0) if inner == 1 else (tirx.indexdiv(task, inner), tirx.indexmod(task, inner))
+
+
+def in_groups(total: int, size: int, body: Callable[[Any, int], None]) -> None:
+    """Loop over groups of vectors; the last may be smaller and has code of its own."""
+    if total >= size:
+        with T.serial(0, total // size) as group:
+            body(group * size, size)
+    if total % size:
+        body(total // size * size, total % size)
+
+
+def one_group(group: Any, total: int, size: int, body: Callable[[Any, int], None]) -> None:
+    """Emit what task `group` of `_in_groups` does."""
+    full, rest = divmod(total, size)
+    if not rest:
+        body(group * size, size)
+    elif not full:
+        body(0, rest)
+    else:
+        with T.If(group < full):
+            with T.Then():
+                body(group * size, size)
+            with T.Else():
+                body(full * size, rest)
+
+
+def tiles(rows: Any, width: int, most: int, body: Callable[[Any, Any, int, int], None]) -> None:
+    """Cut rows of pixels into register tiles of at most `most`: whole rows if several fit, else parts of a row.
+
+    `body` gets a tile's first row and column, and its rows and columns.
+    """
+    if 2 * width <= most:
+        together = most // width
+        full = tirx.indexdiv(rows, together) if not isinstance(rows, int) else rows // together
+        with T.serial(0, full) as t:
+            body(t * together, 0, together, width)
+        rest = rows - full * together
+        if isinstance(rest, int):
+            if rest:
+                body(full * together, 0, rest, width)
+            return
+        with T.serial(0, rest) as t:
+            body(full * together + t, 0, 1, width)
+        return
+    columns = -(-width // -(-width // most))
+    full, rest = divmod(width, columns)
+    with T.serial(0, rows) as row:
+        if full > 1:
+            with T.serial(0, full) as t:
+                body(row, t * columns, 1, columns)
+        else:
+            body(row, 0, 1, columns)
+        if rest:
+            body(row, full * columns, 1, rest)
+
+
+def blocked_channel(channel: Any, plane: int, lanes: int) -> Any:
+    """Return where a channel's first pixel lies in a blocked tensor; lanes are a power of two."""
+    vector = tirx.shift_right(channel, tirx.const(lanes.bit_length() - 1, "int32"))
+    return vector * plane + tirx.bitwise_and(channel, tirx.const(lanes - 1, "int32"))
+
+
+def splat(value: float, lanes: int) -> Any:
+    """Return a vector of equal lanes."""
+    return tirx.Broadcast(tirx.const(value, "float32"), lanes)
+
+
+def load(buffer: Any, at: Any, lanes: int) -> Any:
+    """Return a vector of a flat buffer."""
+    return buffer.vload([at], f"float32x{lanes}")
+
+
+def store_vector(buffer: Any, at: Any, value: Any, lanes: int) -> None:
+    """Store a vector to a flat buffer."""
+    T.buffer_store(buffer, value, [tirx.Ramp(at, 1, lanes)])
+
+
+def prefetch(buffer: Any, at: Any) -> None:
+    """Fetch what lies at a position of a flat buffer into L1."""
+    address = buffer.access_ptr("r", offset=at)
+    constants = (tirx.const(value, "int32") for value in (0, 3, 1))  # to be read, into L1, data
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *constants))
+
+
+def add_to(sums: Any, register: int, product: Any, lanes: int) -> None:
+    """Add a product to a sum."""
+    store_vector(sums, register * lanes, load(sums, register * lanes, lanes) + product, lanes)
+
+
+def activated(value: Any, epilogue: Epilogue, lanes: int) -> Any:
+    """Return a vector clipped to an epilogue's bounds."""
+    if epilogue.clip_min is not None:
+        value = tirx.max(value, splat(epilogue.clip_min, lanes))
+    if epilogue.clip_max is not None:
+        value = tirx.min(value, splat(epilogue.clip_max, lanes))
+    return value

@@ -25,7 +25,6 @@ __all__ = [
     "splat",
     "store_vector",
     "tiles",
-    ,
 ]
 
 

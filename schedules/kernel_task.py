@@ -230,8 +230,8 @@ def parse_task(text: str) -> KernelTask:
     threads = int(found["threads"])
     if found["index"] is None:
         return KernelTask(kind, workload, threads, winograd=found["winograd"] is not None)
-    block, kept, *of = (int(found[name] or 0) for name in ("block", "kept", "of_group", "group"))
-    return KernelTask(kind, workload, threads, IndexKind(found["index"]), block, kept, False, *of)
+    block, kept, of_group, group = (int(found[name] or 0) for name in ("block", "kept", "of_group", "group"))
+    return KernelTask(kind, workload, threads, IndexKind(found["index"]), block, kept, False, of_group, group)
 
 
 def _parse_chain(text: str) -> KernelTask:

@@ -101,7 +101,7 @@ def conv_workloads(module: tvm.IRModule) -> dict[str, ConvWorkload]:
     """Return a canonical module's convolutions with the epilogues that they are compiled with, by layer name."""
     return {
         fused.found.layer.name: conv_workload(fused.found.layer, fused.epilogue)
-        for fused in _fused_layers(module)
+        for fused in _fused_layers(module)[0]
         if fused.found.layer.kind == "conv"
     }
 

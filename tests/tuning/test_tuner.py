@@ -176,7 +176,7 @@ def test_tasks_of_a_model() -> None:
         "conv 32x12x12->32 k3x3 p1,1,1,1 bias+relu; winograd; 1 thread",
         "conv 32x12x12->32 k3x3 p1,1,1,1 bias+relu; 1x16 channel 16; 1 thread",
         "conv 32x12x12->32 k3x3 p1,1,1,1 bias+relu; 1x16 channel 8; 1 thread",
-        "conv 32x12x12->32 k3x3 p1,1,1,1 bias+relu; 1x1 position 144; 1 thread",
+        "conv 32x12x12->32 k3x3 p1,1,1,1 bias+relu; 1x1 position 144 2 of 4; 1 thread",
         "conv 32x12x12->32 k1x1 bias+add+relu; dense; 1 thread",
         "conv 32x12x12->32 k1x1 bias+add+relu; 1x16 channel 16; 1 thread",
         "conv 32x12x12->32 k1x1 bias+add+relu; 1x16 channel 8; 1 thread",

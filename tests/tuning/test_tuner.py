@@ -46,7 +46,7 @@ def library_calling(symbol: str, path: Path) -> Path:
     def body(_inputs: object, _outputs: object) -> tirx.Stmt:
         return tirx.Evaluate(tirx.call_extern("int32", symbol))
 
-    arguments = [tensor("data", 4), tensor("weight", 7), tensor("bias", 1)]
+    arguments = [tensor("data", 4), tensor("weight", 8), tensor("bias", 1)]
     out = te.extern([te.var(f"out{axis}", "int64") for axis in range(4)], arguments, body, name="out")
     executable = tvm.compile(tvm.IRModule({"main": te.create_prim_func([*arguments, out])}), target=TARGET)
     export_library(executable, path, TARGET)
@@ -180,7 +180,7 @@ def test_tasks_of_a_model() -> None:
         "conv 32x12x12->32 k1x1 bias+add+relu; dense; 1 thread",
         "conv 32x12x12->32 k1x1 bias+add+relu; 1x16 channel 16; 1 thread",
         "conv 32x12x12->32 k1x1 bias+add+relu; 1x16 channel 8; 1 thread",
-        "conv 32x12x12->32 k1x1 bias+add+relu; 1x1 channel 16; 1 thread",
+        "conv 32x12x12->32 k1x1 bias+add+relu; 1x1 channel 16 2 of 4; 1 thread",
         "fc 32x1x1->10 k1x1 bias; dense; 1 thread",
     ]
     with pytest.raises(PlanError, match="bad sparsity pattern"):

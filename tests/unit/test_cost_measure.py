@@ -25,9 +25,9 @@ def test_every_layer_gets_every_candidate() -> None:
     table = measure_costs(imported, resolve_target(None, 1), grid, seconds=0, progress=said.append)
     assert said == [
         "building 1 of 4: dense",
-        "building 2 of 4: 1x4 at 0.5",
-        "building 3 of 4: 1x4 at 0.25",
-        "building 4 of 4: 2:4",
+        "building 2 of 4: 1x4 at 0.25",  # the sparsest first: a hopeless budget is refused before the others are built
+        "building 3 of 4: 2:4",
+        "building 4 of 4: 1x4 at 0.5",
         "measuring 4 builds in turns, 4 layers each",
     ]
     assert table.model_sha256 == model_sha256(imported)
@@ -64,7 +64,7 @@ def test_nothing_to_prune_is_an_error() -> None:
 
 def test_grids() -> None:
     usual = CandidateGrid.make()
-    assert usual.measured == (0.75, 0.5, 0.25, 0.125)
+    assert usual.measured == (0.75, 0.5, 0.25, 0.125, 0.0625)
     assert set(usual.measured) < set(usual.densities)
     odd = CandidateGrid.make(["1x4", "dense", "1x4", "1:3"], [0.1, 0.3, 0.2, 0.7])
     assert odd.patterns == (OneByN(4), NM(1, 3))

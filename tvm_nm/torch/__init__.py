@@ -19,8 +19,9 @@ except ImportError as error:
 from tvm_nm.torch.data import Augmentation
 from tvm_nm.torch.finetune import FineTuned, finetune_file
 from tvm_nm.torch.gradual import Phase, gradual_phases
-from tvm_nm.torch.importer import TorchModel, import_model
+from tvm_nm.torch.importer import import_model
 from tvm_nm.torch.masks import WeightMasks
+from tvm_nm.torch.model import TorchModel
 from tvm_nm.torch.network_stage import reconstruct_network
 from tvm_nm.torch.objective import Objective
 from tvm_nm.torch.options import TrainingOptions

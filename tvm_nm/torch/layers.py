@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tvm_nm.torch.operators import pad_pairs, same_pads
+from tvm_nm.torch.functions import pad_pairs, same_pads
 
 __all__ = ["Convolution1d", "Convolution2d", "make_convolution"]
 

@@ -11,7 +11,7 @@ import torch
 from tvm_nm.errors import PlanError
 from tvm_nm.masks import BoolArray
 from tvm_nm.patterns import SparsityPattern
-from tvm_nm.torch.importer import TorchModel
+from tvm_nm.torch.model import TorchModel
 
 __all__ = ["WeightMasks", "choose_masks", "masks_of_zeros"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tvm_nm.torch.importer import BatchNorm, TorchModel
+from tvm_nm.torch.model import BatchNorm, TorchModel
 
 __all__ = ["insert_batch_norms"]
 

@@ -20,8 +20,9 @@ from tvm_nm.masks import BoolArray
 from tvm_nm.torch.checkpoint import fingerprint, read_checkpoint, write_checkpoint
 from tvm_nm.torch.data import TrainingData
 from tvm_nm.torch.gradual import Phase
-from tvm_nm.torch.importer import TorchModel, import_model
+from tvm_nm.torch.importer import import_model
 from tvm_nm.torch.masks import WeightMasks, choose_masks, masks_of_zeros
+from tvm_nm.torch.model import TorchModel
 from tvm_nm.torch.options import TrainingOptions, cosine_rate, find_device, make_optimizer
 from tvm_nm.torch.renormalise import insert_batch_norms
 

@@ -212,8 +212,9 @@ def _summary(result: FineTuned) -> str:
     lines = [f"{len(result.trained.masks)} layers keep their zeros"]
     for name, score in (("before", result.before), ("after", result.after)):
         if score is not None:
-            top1 = "" if score.top1 is None else f"top-1 {score.top1:.2%}, "
-            lines.append(f"{name}: {top1}agreement {score.same:.2%} on {score.images} images")
-    if result.after is not None and result.after.dense_top1 is not None:
-        lines[-1] += f" (reference {result.after.dense_top1:.2%})"
+            found = [] if score.top1 is None else [f"top-1 {score.top1:.2%}"]
+            if result.with_dense:
+                dense = "" if score.dense_top1 is None else f" (top-1 {score.dense_top1:.2%})"
+                found.append(f"{score.same:.2%} as the dense model{dense}")
+            lines.append(f"{name}: {', '.join(found)} on {score.images} images")
     return "\n".join(lines)

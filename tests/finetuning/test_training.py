@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,7 @@ def pruned_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_network_stage_brings_back_the_dense_answers(pruned_reference: Path) -> None:
     pruned, dense = onnx.load(pruned_reference), onnx.load(reference.reference_model_path())
     images, labels = reference.test_set()
-    options = dataclasses.replace(DEFAULTS, epochs=2, augmentation=Augmentation())
+    options = dataclasses.replace(DEFAULTS, epochs=2, learning_rate=1e-3, augmentation=Augmentation())
     done = reconstruct_network(pruned, dense, ArrayImages(reference.calibration_images()[:256]), options)
     before, after = (
         float((OnnxNetwork(m).run(images[:400]).argmax(1) == labels[:400]).mean()) for m in (pruned, done.model)
@@ -300,9 +301,11 @@ def test_the_refit_command(pruned_reference: Path, tmp_path: Path) -> None:
         str(tmp_path / "out.onnx"),
     ]
     command += ["--calib", str(tmp_path / "images.npy"), "--epochs", "1", "--threads", "1"]
+    command += ["--test", str(tmp_path / "images.npy")]
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 0, result.output
     assert "layers keep their zeros" in result.output
+    assert re.search(r"before: [\d.]+% as the dense model on 64 images\nafter: [\d.]+% as", result.output)
     assert (tmp_path / "out.onnx").is_file()
 
 

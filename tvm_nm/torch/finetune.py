@@ -44,11 +44,14 @@ class FineTuned:
     before, after
         The models' scores on the test images, by onnxruntime in float32, beside the dense model; without one, beside
         the model as it was. None without test images.
+    with_dense
+        Whether there was a dense model.
     """
 
     trained: Trained
     before: Agreement | None
     after: Agreement | None
+    with_dense: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it but the weights, for JSON."""
@@ -151,7 +154,7 @@ def finetune_file(
     if judged is not None and answers is not None:
         after = compare(answers, answers_of_onnx(trained.model, judged, threads), judged)
     write_bytes(output, trained.model.SerializeToString(), "model")
-    return FineTuned(trained, before, after)
+    return FineTuned(trained, before, after, reference is not None)
 
 
 def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:

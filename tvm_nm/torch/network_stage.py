@@ -25,10 +25,10 @@ from tvm_nm.torch.training import Status, Trained, train
 __all__ = ["DEFAULTS", "block_borders", "reconstruct_network"]
 
 DEFAULTS = TrainingOptions(
-    epochs=30,
+    epochs=10,
     batch=32,
     optimizer="adamw",
-    learning_rate=1e-3,
+    learning_rate=3e-4,
     weight_decay=0.0,
     clip=1.0,
     objective=Objective(distillation=1.0, temperature=2.0, activations=1.0),

@@ -69,5 +69,7 @@ def epoch_line(epoch: Epoch) -> str:
     line = f"epoch {epoch.number}: loss {epoch.loss:.4f}"
     if epoch.score is not None:
         top1 = "" if epoch.score.top1 is None else f", top-1 {epoch.score.top1:.2%}"
-        line += f"{top1}, agreement {epoch.score.same:.2%}"
+        # Without a dense model a score is beside the model itself, which says nothing.
+        same = "" if epoch.score.divergence == 0 else f", agreement {epoch.score.same:.2%}"
+        line += f"{top1}{same}"
     return f"{line}, {epoch.seconds:.0f} s"

@@ -6,8 +6,8 @@
 The data are .npz files with `images` and `labels` (or x and y), or folders with one subfolder a class; those for
 calibration need no labels. N:M patterns have their own density, others get --density; a pattern may be followed by its
 own, as in 1x16p@0.25. Prints a Markdown table of top-1, in brackets how much lower it is than the dense network's,
-with the standard error of that difference on the same images, and the seconds that pruning took; and with --json one
-object for each network measured.
+with the standard error of that difference on the same images, and the CPU seconds that pruning took; and with --json
+one object for each network measured.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def measure(
     """Prune the model, and compare what is left of it with the dense one's answers."""
     with tempfile.TemporaryDirectory() as folder:
         pruned = Path(folder) / "pruned.onnx"
-        started = time.perf_counter()
+        started = time.process_time()
         prune_file(model, pruned, request, images=images)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         network = OnnxNetwork(onnx.load(pruned))
         found = predict(network.run, labelled, batch_size(next(labelled.batches(1)).shape[1:]))
     return compare_answers(dense, found, labelled.labels), seconds  # type: ignore[arg-type]

@@ -74,10 +74,13 @@ class Observation:
         Of its inputs and the outputs that it should have.
     positions
         Some of the positions, if it is followed by a ReLU or Clip and they were asked for.
+    image_weight
+        How much an image's mean counts in the moments.
     """
 
     moments: Moments
     positions: tuple[Observed, ...] = ()
+    image_weight: float = 0.0
 
 
 def observe_layer(
@@ -109,7 +112,8 @@ def observe_layer(
     held
         Bytes of positions to keep for a refit behind the ReLU.
     image_weight
-        See `tvm_nm.moments.MomentsAccumulator`.
+        How much an image's mean counts, at most; see `tvm_nm.moments.MomentsAccumulator`. With fewer images than so many
+        for each weight of an output channel it is their number for each: more would learn the images by heart.
     """
     network = dense.network
     run = network.segment(layer.position, layer.position + 1, [layer.output], threads=threads)
@@ -118,13 +122,15 @@ def observe_layer(
     channels = layer.weight_shape[0]
     inverse = np.divide(1, follows.scale, out=np.zeros_like(follows.scale), where=follows.scale != 0)
     rng = np.random.default_rng(seed)
-    accumulator = MomentsAccumulator(layer, image_weight=image_weight)
+    accumulator = MomentsAccumulator(layer)
     parts: list[Observed] = []
     share = kept = 1.0
     for number, (before, now) in enumerate(zip(dense.batches, pruned.batches, strict=True)):
         data = before[layer.data].get()
         target = run({layer.data: data})[layer.output]
         if number == 0:
+            image_weight = _image_weight(layer, len(target) * len(dense.batches), image_weight)
+            accumulator = MomentsAccumulator(layer, image_weight=image_weight)
             share, kept = _shares(layer, target, len(dense.batches), samples, held)
             if follows.other is not None and now[follows.other].get().shape != target.shape:
                 follows, kept = Following(follows.scale, follows.shift), 0.0
@@ -145,7 +151,11 @@ def observe_layer(
                 some = _some(x.shape[2], images, kept, rng)
                 means = _image_means(x, images), _image_means(y[:channels], images)
                 parts.append(_observed(follows, inverse, x[:, :, some], y[:, some], means))
-    return Observation(accumulator.result(), tuple(parts))
+    return Observation(accumulator.result(), tuple(parts), image_weight)
+
+
+def _image_weight(layer: LayerNode, images: int, most: float) -> float:
+    return min(most, images / int(np.prod(layer.weight_shape[1:]))) if layer.kind == "conv" else 0.0
 
 
 def _some(count: int, images: int, share: float, rng: np.random.Generator) -> NDArray[np.intp]:

@@ -47,7 +47,7 @@ class Options:
     rectified
         Bytes of positions by which layers are refitted behind the ReLU that follows them; 0 for no such refit.
     image_weight
-        How much errors count that an image's positions have in common; see `tvm_nm.moments.MomentsAccumulator`.
+        How much errors count that an image's positions have in common, at most; see `tvm_nm.observation.observe_layer`.
     """
 
     method: Method = Method.OBS
@@ -208,7 +208,7 @@ def _fit(
         return fit
     weights = fit_rectified(
         *(seen.positions, seen.moments, fit.weights, fit.mask, options.damping),
-        image_weight=options.image_weight if layer.kind == "conv" else 0.0,
+        image_weight=seen.image_weight,
     )
     return replace(fit, weights=weights)
 

@@ -112,8 +112,8 @@ def observe_layer(
     held
         Bytes of positions to keep for a refit behind the ReLU.
     image_weight
-        How much an image's mean counts, at most; see `tvm_nm.moments.MomentsAccumulator`. With fewer images than so many
-        for each weight of an output channel it is their number for each: more would learn the images by heart.
+        How much an image's mean counts, at most; see `tvm_nm.moments.MomentsAccumulator`. With fewer images than so
+        many for each weight of an output channel it is their number for each: more would learn them by heart.
     """
     network = dense.network
     run = network.segment(layer.position, layer.position + 1, [layer.output], threads=threads)

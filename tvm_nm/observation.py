@@ -18,6 +18,7 @@ __all__ = ["Observation", "Walk", "observe_layer"]
 
 # Positions that are held for a refit behind the ReLU: so many, or so many a column; and the fewest a column.
 _HELD, _HELD_PER_COLUMN, _FEWEST_PER_COLUMN = 1 << 15, 64, 4
+_ENOUGH_IMAGES = 1024
 
 
 class Walk:
@@ -112,8 +113,8 @@ def observe_layer(
     held
         Bytes of positions to keep for a refit behind the ReLU.
     image_weight
-        How much an image's mean counts, at most; see `tvm_nm.moments.MomentsAccumulator`. With fewer images than so
-        many for each weight of an output channel it is their number for each: more would learn them by heart.
+        How much an image's mean counts; see `tvm_nm.moments.MomentsAccumulator`. With fewer than 1,024 images it falls
+        with the square of their number: few would be learnt by heart.
     """
     network = dense.network
     run = network.segment(layer.position, layer.position + 1, [layer.output], threads=threads)
@@ -155,7 +156,7 @@ def observe_layer(
 
 
 def _image_weight(layer: LayerNode, images: int, most: float) -> float:
-    return min(most, images / int(np.prod(layer.weight_shape[1:]))) if layer.kind == "conv" else 0.0
+    return most * min(1.0, images / _ENOUGH_IMAGES) ** 2 if layer.kind == "conv" else 0.0
 
 
 def _some(count: int, images: int, share: float, rng: np.random.Generator) -> NDArray[np.intp]:

@@ -47,7 +47,7 @@ class Options:
     rectified
         Bytes of positions by which layers are refitted behind the ReLU that follows them; 0 for no such refit.
     image_weight
-        How much errors count that an image's positions have in common, at most; see `tvm_nm.observation.observe_layer`.
+        How much errors count that an image's positions have in common; see `tvm_nm.observation.observe_layer`.
     """
 
     method: Method = Method.OBS

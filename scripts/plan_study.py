@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--no-measure", action="store_true", help="trust the costs")
     options = parser.parse_args()
     ways = options.ways.split(",")
-    if wrong := [way for way in ways if way not in WAYS]:
+    if wrong := [way for way in ways if way not in WAYS and not way.startswith("uniform ")]:
         parser.error(f"no such ways: {', '.join(wrong)}; there are {', '.join(WAYS)}")
 
     study = open_study(options)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tvm_nm.calibration import batch_size
 from tvm_nm.costs import CostTable, LayerCosts
 from tvm_nm.perturbed import LayerParameters, PerturbedNetwork, WeightSource, kl_divergence
 from tvm_nm.plan_calibration import Calibration
@@ -35,7 +36,6 @@ _PROBE_ERRORS = (0.03, 0.1, 0.3)
 _MAC_LIMIT = 6e12
 """Multiply-accumulates to spend on either of the two, about two minutes' worth; images are left out beyond."""
 _LEAST_IMAGES = 8
-_BATCH = 16
 _LEAST = 1e-9
 """Errors and divergences below this are rounding."""
 
@@ -117,10 +117,11 @@ def _errors(
 ) -> dict[str, list[float]]:
     variance = {layer.name: 0.0 for layer in layers}
     lost = {layer.name: np.zeros(len(layer.candidates)) for layer in layers}
-    batches = range(0, len(images), _BATCH)
+    size = batch_size(images.shape[1:])
+    batches = range(0, len(images), size)
     for number, start in enumerate(batches):
         step(f"calibrating outputs, batch {number + 1} of {len(batches)}")
-        inputs = network.layer_inputs(images[start : start + _BATCH])
+        inputs = network.layer_inputs(images[start : start + size])
         for layer in layers:
             run = network.layer_runner(layer.name)
             dense = network.parameters(layer.name)
@@ -146,7 +147,8 @@ def _sensitivities(
     probes: Mapping[str, Sequence[int]],
     step: Callable[[str], None],
 ) -> dict[str, float]:
-    batches = [images[start : start + 4 * _BATCH] for start in range(0, len(images), 4 * _BATCH)]
+    size = batch_size(images.shape[1:])
+    batches = [images[start : start + size] for start in range(0, len(images), size)]
     dense = np.concatenate([network.run(batch) for batch in batches])
     found = {}
     for number, layer in enumerate(layers):

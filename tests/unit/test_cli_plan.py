@@ -5,63 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from command_line import fails, run
+from made_up_costs import made_up_costs
 from models import Net, small_cnn
 
-from tvm_nm.compiler import model_sha256, resolve_target
-from tvm_nm.cost_measure import TEMPLATE_REVISION
-from tvm_nm.costs import Candidate, CostTable, LayerCosts
-from tvm_nm.fingerprint import plain_target, structure_digest
+from tvm_nm.costs import CostTable
 from tvm_nm.frontend import import_onnx
-from tvm_nm.importance import add_norms
-from tvm_nm.inventory import inventory, layer_weights
+from tvm_nm.inventory import inventory
 from tvm_nm.manifest import Manifest
-from tvm_nm.patterns import Dense, OneByN, SparsityPattern
-from tvm_nm.plan import Plan, prunable_layers
+from tvm_nm.plan import Plan
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "small.onnx"
     onnx.save(small_cnn(), path)
-    return path
-
-
-def made_up_costs(model: Path, time_us: Callable[[str, int, float], float], blocks: Sequence[int] = (4,)) -> Path:
-    """A cost table with made-up times, of a layer by its name, the N of 1xN (1 for dense) and the density."""
-    imported = import_onnx(model, verify=False)
-    layers = inventory(imported.module)
-    prunable = prunable_layers(layers)
-
-    def candidate(name: str, n: int, density: float) -> Candidate:
-        pattern: SparsityPattern = OneByN(n) if n > 1 else Dense()
-        macs, size = round(1e4 * density), round(4e4 * density)
-        return Candidate(pattern, density, time_us(name, n, density), macs=macs, bytes=size)
-
-    costs = []
-    for layer in layers:
-        options = [(n, density) for n in blocks for density in (0.75, 0.5, 0.25)] if layer.name in prunable else []
-        candidates = tuple(candidate(layer.name, n, density) for n, density in [(1, 1.0), *options])
-        costs.append(LayerCosts(layer.name, layer.kind, "", "", layer.macs, candidates))
-    target = resolve_target(None, 1)
-    table = CostTable(
-        model=imported.name,
-        model_sha256=model_sha256(imported),
-        structure=structure_digest(layers),
-        target=plain_target(json.loads(str(target))),
-        threads=1,
-        revision=TEMPLATE_REVISION,
-        fixed_us=60.0,
-        layers=tuple(costs),
-    )
-    path = model.parent / "costs.json"
-    add_norms(table, layer_weights(imported.module), {}).save(path)
     return path
 
 

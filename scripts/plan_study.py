@@ -5,7 +5,8 @@
 ``calib.npz`` holds ``images``, float32 (N, C, H, W) as the network wants them; ``test.npz`` also ``labels``. Every
 network is pruned by Optimal Brain Surgeon, one layer behind the other, on the same calibration images and without
 training. Each is built and measured in turns with the dense build and planned again, at most twice, until it meets the
-speed-up; one density for all is changed in the same way.
+speed-up; one density for all is changed in the same way. With --together each is planned once, and all are measured in
+the end.
 
 The folder keeps the cost table, the pruned layers that losses are estimated with, a JSON file for each network, and the
 report. Run it again to go on where it was interrupted; delete a network's file to look at it anew.
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from tvm_nm.agreement import compare_answers, predict, top1_interval
 from tvm_nm.calibration import CalibrationImages, batch_size, open_images
 from tvm_nm.compiler import resolve_target
-from tvm_nm.cost_measure import CandidateGrid
+from tvm_nm.cost_measure import CandidateGrid, build_plan
 from tvm_nm.cost_merge import add_density
 from tvm_nm.costs import CostTable
 from tvm_nm.frontend import ImportedModel, import_onnx
@@ -41,10 +42,11 @@ from tvm_nm.patterns import parse_pattern
 from tvm_nm.plan import LayerChoice, Plan
 from tvm_nm.plan_calibration import Calibration, calibrate
 from tvm_nm.plan_costs import cost_table, with_importance
-from tvm_nm.plan_loop import MAX_ROUNDS, TOLERANCE, LoopResult, LoopRound, close_loop, predicted_us
+from tvm_nm.plan_loop import MAX_ROUNDS, TOLERANCE, LoopResult, LoopRound, close_loop, measure_share, predicted_us
 from tvm_nm.plan_search import search_plan
 from tvm_nm.planner import Planner
 from tvm_nm.planning import make_plan, uniform_points
+from tvm_nm.runtime import CompiledModel
 from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.tables import tuned_kernels
 
@@ -85,6 +87,7 @@ class Study:
             "measured": 1 / best.measured,
             "off": best.measured * speedup - 1,
             "predicted_off": best.predicted / best.measured - 1,
+            "trusted": self.options.no_measure,
             "rounds": [{"predicted": item.predicted, "measured": item.measured} for item in rounds],
         }
         row |= self.answers(best.plan)
@@ -96,7 +99,7 @@ class Study:
     def answers(self, plan: Plan, database: Path | None = None) -> dict[str, float]:
         """Prune a network to a plan and compare its answers with the dense network's and the truth."""
         model = self.imported.onnx
-        prune_calibrated(model, self.imported.module, plan, self.images, database=database)
+        prune_calibrated(model, [self.imported.module], plan, self.images, database=database)
         found = predict(OnnxNetwork(model).run, self.test, batch_size(self.imported.inputs[0].shape[1:]))
         result = compare_answers(self.dense, found, self.test.labels)
         return {"top1": result.top1 or 0.0, "same": result.same, "divergence": result.divergence}
@@ -158,6 +161,41 @@ class Study:
                 seconds=self.options.seconds / 3,
                 progress=say,
             )
+
+
+def measure_together(study: Study, rows: Sequence[dict[str, Any]]) -> None:
+    """Build all networks that were planned without measuring, and measure them one after the other."""
+    files = [row for row in rows if row.get("trusted")]
+    if not files:
+        return
+    with TemporaryDirectory(prefix="plan-study-") as folder:
+        say(f"building {len(files) + 1} networks")
+        builds = [build_plan(study.imported, Plan(), study.target, Path(folder) / "dense", study.tuned)]
+        for number, row in enumerate(files):
+            plan = Plan.from_json(json.dumps({"format": "tvm_nm plan", "version": 1, "layers": row["plan"]}))
+            builds.append(build_plan(study.imported, plan, study.target, Path(folder) / str(number), study.tuned))
+        say("measuring them")
+        shares = measured_shares(builds[0], builds[1:], study.options.seconds / 3)
+    for row, share in zip(files, shares, strict=True):
+        predicted = 1 / row["measured"]
+        row |= {"measured": 1 / share, "off": share * row["speedup"] - 1, "predicted_off": predicted / share - 1}
+        row["trusted"] = False
+        write_row(study.options.folder, row)
+
+
+def measured_shares(dense: CompiledModel, models: Sequence[CompiledModel], seconds: float) -> list[float]:
+    """Time of each network as a share of the dense one's."""
+    return [measure_share(dense, model, seconds) for model in models]
+
+
+def row_file(folder: Path, speedup: float, way: str) -> Path:
+    """Return where a network's result is kept."""
+    return folder / f"{speedup:g}-{way.replace(' ', '-')}.json"
+
+
+def write_row(folder: Path, row: dict[str, Any]) -> None:
+    """Keep a network's result."""
+    write_text(row_file(folder, row["speedup"], row["way"]), json.dumps(row, indent=1) + "\n", "result")
 
 
 def open_study(options: argparse.Namespace) -> Study:
@@ -240,8 +278,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--db", type=Path, help="tuning database to build with")
     parser.add_argument("--stitched", action="store_true", help="look at the stitched networks, too")
+    parser.add_argument("--together", action="store_true", help="plan each once, and measure all in the end")
     parser.add_argument("--no-measure", action="store_true", help="trust the costs")
     options = parser.parse_args()
+    options.no_measure |= options.together
     ways = options.ways.split(",")
     if wrong := [way for way in ways if way not in WAYS and not way.startswith("uniform ")]:
         parser.error(f"no such ways: {', '.join(wrong)}; there are {', '.join(WAYS)}")
@@ -250,12 +290,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for speedup in (float(text) for text in options.speedups.split(",")):
         for way in ways:
-            file = options.folder / f"{speedup:g}-{way.replace(' ', '-')}.json"
+            file = row_file(options.folder, speedup, way)
             if not file.exists():
                 say(f"{way} at {speedup:g}x")
-                write_text(file, json.dumps(study.network(way, speedup), indent=1) + "\n", "result")
+                write_row(options.folder, study.network(way, speedup))
             rows.append(json.loads(file.read_text(encoding="utf-8")))
             write_text(options.folder / "report.md", report(study, rows), "report")
+    if options.together:
+        measure_together(study, rows)
+        write_text(options.folder / "report.md", report(study, rows), "report")
     print(report(study, rows), end="")
 
 

@@ -30,7 +30,16 @@ from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel
 from tvm_nm.schedules.tuned import TunedKernels
 
-__all__ = ["MAX_ROUNDS", "TOLERANCE", "LoopResult", "LoopRound", "close_loop", "describe_rounds", "predicted_us"]
+__all__ = [
+    "MAX_ROUNDS",
+    "TOLERANCE",
+    "LoopResult",
+    "LoopRound",
+    "close_loop",
+    "describe_rounds",
+    "measure_share",
+    "predicted_us",
+]
 
 MAX_ROUNDS = 3
 """Plans that are built, at most."""
@@ -177,6 +186,11 @@ def predicted_us(table: CostTable, plan: Plan) -> float:
         found = layer.dense if choice is None else layer.find(choice.pattern, choice.density)
         total += (found or layer.dense).time_us
     return total
+
+
+def measure_share(dense: CompiledModel, planned: CompiledModel, seconds: float) -> float:
+    """Measure two builds of a network in turns, and return the time of the second as a share of the first's."""
+    return _measure(dense, planned, seconds).share
 
 
 @dataclass(frozen=True, slots=True)

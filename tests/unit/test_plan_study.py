@@ -65,6 +65,35 @@ def test_a_study_goes_on_where_it_stopped(
     assert again.out == said.out
 
 
+def test_networks_measured_together(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folder = tmp_path / "small.onnx", tmp_path / "study"
+    onnx.save(small_cnn(), model)
+    folder.mkdir()
+    made_up_costs(model, lambda _name, _n, density: 100 * density + 10).rename(folder / "costs.json")
+    images = np.random.default_rng(0).standard_normal((16, 3, 16, 16)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.zeros(16, np.int64))
+    data = str(tmp_path / "images.npz")
+    arguments = [str(SCRIPT), str(model), "--calib", data, "--test", data, "--folder", str(folder), "--patterns", "1x4"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--speedups", "1.2", "--ways", "l1,output", "--together"])
+    measured: list[str] = []
+
+    def measure(_dense: Any, planned: Any, _seconds: float) -> float:
+        measured.extend(sorted({layer.pattern for layer in planned.manifest.layers}))
+        return 0.8
+
+    monkeypatch.setattr(study, "measure_share", measure)
+    study.main()
+    assert measured.count("1x4") == 2
+    for way in ("l1", "output"):
+        row = json.loads((folder / f"1.2-{way}.json").read_text())
+        assert row["measured"] == pytest.approx(1.25)
+        assert row["off"] == pytest.approx(-0.04)
+        assert row["predicted_off"] == pytest.approx(row["rounds"][0]["predicted"] / 0.8 - 1)
+    measured.clear()
+    study.main()
+    assert not measured
+
+
 def test_ways_that_there_are_not(
     study: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Kernel variants of a task: which are worth measuring, in which order, and how a record names one.
+"""Kernel variants of a task: which one an untuned build takes, and how a record names one.
 
 Two levels of choice meet here. A `ConvKernel` fixes the packed layout: pixel geometry, channel tile. The template's
 sampled decisions (pixel vectors of the register tile, block rows of a task, reduction blocks) are kernel attributes as
@@ -8,9 +8,8 @@ everything.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -32,33 +31,30 @@ from tvm_nm.schedules.tiling import (
     SCRATCH_BYTES,
     choose_kernel,
     geometries_for,
-    index_dtype,
-    oc_tiles,
     predicted_cycles,
-    reduction_blocks,
     variant,
 )
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_prim_func
-from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidates, winograd_cycles
+from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_cycles
 
 __all__ = [
     "Kernel",
+    "chain_kernels",
+    "channel_kernels",
     "default_kernel",
+    "divisors",
     "kernel_cycles",
     "kernel_from_text",
     "kernel_prim_func",
-    "neighbours",
-    "ranked_kernels",
+    "lane_kernels",
+    "most_sums",
     "variant_text",
 ]
 
 Kernel: TypeAlias = ConvKernel | ChannelConvKernel | LaneConvKernel | FcKernel | WinogradKernel | ChainKernel
 
-_BEST_LAYOUTS = 24
-_OF_CHANNELS = 6
 # A family other than the usual one must be predicted to be this much faster: the model's error is of this order.
 _OTHER_FAMILY = 0.95
-_SAME_LAYOUT = 3
 
 _PIXEL = re.compile(
     r"pixel (?P<tile>\d+)x(?P<vectors>\d+) (?P<copy>direct|padded|own|packed|panels) pitch (?P<pitch>\d+)"
@@ -77,7 +73,7 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
     """Return the variant of an untuned build."""
     work = task.workload
     if task.links is not None:
-        return min(_chain_kernels(task, machine), key=lambda kernel: chain_cycles(kernel, machine))
+        return min(chain_kernels(task, machine), key=lambda kernel: chain_cycles(kernel, machine))
     if task.winograd:
         found = choose_winograd(work, machine)
         assert found is not None  # the task has checked that it applies
@@ -87,7 +83,7 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
             pixels = choose_kernel(work, machine)
         else:
             pixels = choose_kernel(work, machine, block=task.block, index=task.index, kept=task.kept)
-        others = _channel_kernels(task, machine)[:1] + _lane_kernels(task, machine)[:1]
+        others = channel_kernels(task, machine)[:1] + lane_kernels(task, machine)[:1]
         best = min(others, key=lambda kernel: kernel_cycles(kernel, machine), default=None)
         if best is not None and kernel_cycles(best, machine) < _OTHER_FAMILY * predicted_cycles(pixels):
             return best
@@ -112,7 +108,7 @@ def kernel_cycles(kernel: Kernel, machine: Machine) -> float:
     return predicted_cycles(kernel)
 
 
-def _chain_kernels(task: KernelTask, machine: Machine) -> list[ChainKernel]:
+def chain_kernels(task: KernelTask, machine: Machine) -> list[ChainKernel]:
     """Return the variants of a chain."""
     links = task.links
     assert links is not None
@@ -124,7 +120,7 @@ def _chain_kernels(task: KernelTask, machine: Machine) -> list[ChainKernel]:
     )
 
 
-def _lane_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
+def lane_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
     """Return the lane-select variants of an N:M convolution, by their predicted time; none where M does not fit."""
     if task.block != 1 or not task.group or machine.lanes % task.group:
         return []
@@ -133,7 +129,7 @@ def _lane_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
     return list[Kernel](found)
 
 
-def _channel_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
+def channel_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
     """Return the channel-vector variants of a direct convolution, by their predicted time."""
     if task.index is IndexKind.NONE:
         found = channel_candidates(task.workload, machine)
@@ -196,9 +192,9 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     if task.winograd:
         return _winograd_from_text(text, task, machine)
     if text.startswith("channel"):
-        return _one_of(_channel_kernels(task, machine), _CHANNEL, text, task)
+        return _one_of(channel_kernels(task, machine), _CHANNEL, text, task)
     if text.startswith("lane"):
-        return _one_of(_lane_kernels(task, machine), _LANE, text, task)
+        return _one_of(lane_kernels(task, machine), _LANE, text, task)
     found = _PIXEL.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r:.100} is no variant of a convolution")
@@ -221,15 +217,15 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
     )
     vectors = min(vectors, geometry.vectors)
     divides = kernel.block_rows % rows == 0
-    if not (1 <= tile * vectors <= _most_sums(machine, tile) and divides):
+    if not (1 <= tile * vectors <= most_sums(machine, tile) and divides):
         raise ValueError(f"{text!r:.100} does not fit {task}")
     if cut:
-        cut = min(_divisors(kernel.kept), key=lambda length: abs(length - cut))
+        cut = min(divisors(kernel.kept), key=lambda length: abs(length - cut))
     return replace(kernel, vectors_per_tile=vectors, rows_per_task=rows, kept_per_block=cut)
 
 
 def _chain_from_text(text: str, task: KernelTask, machine: Machine) -> ChainKernel:
-    for kernel in _chain_kernels(task, machine):
+    for kernel in chain_kernels(task, machine):
         if variant_text(kernel) == text:
             return kernel
     raise ValueError(f"{text!r:.100} is no variant of {task}")
@@ -262,178 +258,16 @@ def _winograd_from_text(text: str, task: KernelTask, machine: Machine) -> Winogr
         task.workload, machine.lanes, tile, rows, columns, vectors, step, found["staged"] is not None
     )
     fits = tile in (2, 4) and 1 <= rows <= kernel.tile_rows and 1 <= columns <= kernel.tile_columns
-    if not (fits and 1 <= step <= kernel.chunk_tiles and 1 <= step * vectors <= _most_sums(machine, 1)):
+    if not (fits and 1 <= step <= kernel.chunk_tiles and 1 <= step * vectors <= most_sums(machine, 1)):
         raise ValueError(f"{text!r:.100} does not fit {task}")
     return kernel
 
 
-def ranked_kernels(task: KernelTask, machine: Machine, limit: int) -> list[Kernel]:
-    """Return the variants with the least predicted time, best first, not more than a few of any one layout.
-
-    The first is the one that an untuned build uses.
-    """
-    default = default_kernel(task, machine)
-    if isinstance(default, ChainKernel):
-        chains = sorted(_chain_kernels(task, machine), key=lambda chain: chain_cycles(chain, machine))
-        return list[Kernel](chains[:limit])
-    if isinstance(default, FcKernel):
-        return [default, *neighbours(default, machine)][:limit]
-    if isinstance(default, WinogradKernel):
-        ranked = sorted(winograd_candidates(task.workload, machine), key=lambda k: winograd_cycles(k, machine))
-        found: list[Kernel] = [default, *ranked]
-        return list(dict.fromkeys(found))[:limit]
-    layouts = sorted(_layouts(task, machine), key=predicted_cycles)[:_BEST_LAYOUTS]
-    expanded = {kernel: predicted_cycles(kernel) for layout in layouts for kernel in (layout, *_decisions(layout))}
-    expanded = {kernel: cycles for kernel, cycles in expanded.items() if _is_valid(kernel, machine)}
-    chosen: list[Kernel] = [default]
-    count: dict[tuple[PixelGeometry, int], int] = {}
-    for kernel in sorted(expanded, key=expanded.__getitem__):
-        layout_of = (kernel.geometry, kernel.oc_tile)
-        if len(chosen) == limit:
-            break
-        if kernel not in chosen and count.get(layout_of, 0) < _SAME_LAYOUT:
-            count[layout_of] = count.get(layout_of, 0) + 1
-            chosen.append(kernel)
-    # The families' models are not calibrated with each other: all are tried early.
-    others = [*_channel_kernels(task, machine)[:_OF_CHANNELS], *_lane_kernels(task, machine)[:_OF_CHANNELS]]
-    return [*chosen[:1], *_alternate([kernel for kernel in others if kernel not in chosen], chosen[1:])][:limit]
-
-
-def _alternate(some: Sequence[Kernel], others: Sequence[Kernel]) -> list[Kernel]:
-    pairs = itertools.zip_longest(some, others)
-    return [kernel for pair in pairs for kernel in pair if kernel is not None]
-
-
-def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
-    """Return the variants that differ from one in a single choice, by their predicted time: a step of a climb."""
-    if isinstance(kernel, ChainKernel):
-        return _chain_steps(kernel, machine)
-    if isinstance(kernel, FcKernel):
-        if kernel.sparse:
-            return []
-        blocks = (machine.lanes * vectors for vectors in (1, 2, 4, 8))
-        return [replace(kernel, block=block) for block in blocks if block != kernel.block]
-    if isinstance(kernel, WinogradKernel):
-        near = [k for k in winograd_candidates(kernel.workload, machine) if _differences(k, kernel) == 1]
-        steps = (kernel.tiles_per_step - 1, kernel.tiles_per_step + 1)
-        near += [replace(kernel, tiles_per_step=s) for s in steps if 1 <= s <= kernel.chunk_tiles]
-        near = [k for k in near if k.tiles_per_step * k.oc_vectors <= _most_sums(machine, 1)]
-        by_cycles = sorted(dict.fromkeys(near), key=lambda k: winograd_cycles(k, machine))
-        return list[Kernel](by_cycles)
-    if isinstance(kernel, ChannelConvKernel):
-        return _channel_steps(kernel, machine)
-    if isinstance(kernel, LaneConvKernel):
-        lanes = lane_candidates(kernel.workload, machine, kernel.per_vector)
-        ordered_lanes = sorted(lanes, key=lambda k: lane_cycles(k, machine))
-        return list[Kernel](k for k in ordered_lanes if _tile_differences(k, kernel) == 1)[:_OF_CHANNELS]
-    found = {*_decisions(kernel), *_chunk_steps(kernel, machine), *_tile_steps(kernel, machine)} - {kernel}
-    ordered = sorted((k for k in found if _is_valid(k, machine)), key=predicted_cycles)
-    return list(ordered)
-
-
-def _chain_steps(kernel: ChainKernel, machine: Machine) -> list[Kernel]:
-    found = _chain_kernels(KernelTask.of(kernel, machine.threads), machine)
-    rows = _beside({k.rows for k in found}, kernel.rows)
-    near = []
-    for other in found:
-        pairs = ((other.staged, kernel.staged), (other.mixing, kernel.mixing), (other.last_mixing, kernel.last_mixing))
-        changes = sum(one != same for one, same in pairs) + (other.rows != kernel.rows)
-        if changes == 1 and (other.rows == kernel.rows or other.rows in rows):
-            near.append(other)
-    near.sort(key=lambda chain: chain_cycles(chain, machine))
-    return list[Kernel](near)
-
-
-def _differences(one: WinogradKernel, other: WinogradKernel) -> int:
-    """Count the choices in which two kernels differ; the register tile follows from the others."""
-    names = ("tile", "chunk_rows", "chunk_columns", "oc_vectors", "staged")
-    return sum(getattr(one, name) != getattr(other, name) for name in names)
-
-
-def _tile_differences(one: ChannelConvKernel | LaneConvKernel, other: ChannelConvKernel | LaneConvKernel) -> int:
-    return sum(getattr(one, name) != getattr(other, name) for name in ("vectors", "tile_rows", "tile_columns"))
-
-
-def _channel_steps(kernel: ChannelConvKernel, machine: Machine) -> list[Kernel]:
-    block = None if kernel.index is IndexKind.NONE else kernel.block
-    found = channel_candidates(kernel.workload, machine, block=block, kept=kernel.kept)
-    near = [k for k in found if _tile_differences(k, kernel) == 1]
-    return list[Kernel](sorted(near, key=lambda k: channel_cycles(k, machine))[:_OF_CHANNELS])
-
-
-def _layouts(task: KernelTask, machine: Machine) -> Iterator[ConvKernel]:
-    block, kept = task.block or None, task.kept or task.inputs
-    for tile in oc_tiles(task.workload, machine, block):
-        for geometry in geometries_for(task.workload, machine, task.index):
-            for cut in reduction_blocks(kept, tile):
-                yield variant(geometry, machine, block, tile, task.index, kept, cut, SCRATCH_BYTES[1])
-
-
-def _decisions(kernel: ConvKernel) -> list[ConvKernel]:
-    """Other register tiles and tasks of the same layout."""
-    steps = [
-        replace(kernel, vectors_per_tile=vectors)
-        for vectors in (kernel.vectors_per_tile - 1, kernel.vectors_per_tile + 1)
-        if 1 <= vectors <= kernel.geometry.vectors
-    ]
-    work = kernel.workload
-    if work.out_channels_per_group % kernel.block == 0:
-        rows = _divisors(kernel.block_rows)
-        steps += [replace(kernel, rows_per_task=near) for near in _beside(rows, kernel.rows_per_task)]
-    if kernel.kept_per_block:
-        lengths = [length for length in _divisors(kernel.kept) if length >= 4]
-        steps += [replace(kernel, kept_per_block=near) for near in _beside(lengths, kernel.kept_per_block)]
-    return steps
-
-
-def _chunk_steps(kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
-    """Return the next smaller and larger chunk, and the other pixel layouts with chunks as large."""
-    here = kernel.geometry
-    geometries = geometries_for(kernel.workload, machine, kernel.index)
-    same = sorted({g.vectors: g for g in geometries if _layout(g) == _layout(here)}.items())
-    sizes = [size for size, _ in same]
-    found = [geometry for size, geometry in same if size in _beside(sizes, here.vectors)]
-    found += [g for g in geometries if _layout(g) != _layout(here) and g.rows_per_chunk == here.rows_per_chunk]
-    return [
-        replace(
-            kernel,
-            geometry=geometry,
-            index_dtype=index_dtype(geometry, kernel.index),
-            vectors_per_tile=min(kernel.vectors_per_tile, geometry.vectors),
-        )
-        for geometry in found
-    ]
-
-
-def _tile_steps(kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
-    block = None if kernel.index is IndexKind.NONE else kernel.block
-    task = KernelTask.of(kernel, machine.threads)
-    return [
-        variant(kernel.geometry, machine, block, tile, kernel.index, kernel.kept, 0, SCRATCH_BYTES[1])
-        for tile in oc_tiles(task.workload, machine, block)
-        if tile != kernel.oc_tile
-    ]
-
-
-def _layout(geometry: PixelGeometry) -> tuple[CopyScope, int, bool]:
-    """Return what stays when only the chunk changes; the pitch of a flat row is its chunk."""
-    return geometry.copy, (0 if geometry.flat else geometry.pitch), geometry.column_copies
-
-
-def _is_valid(kernel: ConvKernel, machine: Machine) -> bool:
-    return kernel.oc_tile * kernel.vectors_per_tile <= _most_sums(machine, kernel.oc_tile)
-
-
-def _most_sums(machine: Machine, oc_tile: int) -> int:
+def most_sums(machine: Machine, oc_tile: int) -> int:
     """Return how many sums leave registers for operands; a tile of one vector may have as many as its channels."""
     return max(machine.accumulators + machine.registers // 8, oc_tile)
 
 
-def _beside(sizes: Iterable[int], size: int) -> list[int]:
-    ordered = sorted(sizes)
-    below, above = [s for s in ordered if s < size], [s for s in ordered if s > size]
-    return below[-1:] + above[:1]
-
-
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, in order."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

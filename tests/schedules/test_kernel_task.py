@@ -15,14 +15,8 @@ from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.kernel_task import ChainLinks, KernelTask, parse_task
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.tiling import choose_kernel
-from tvm_nm.schedules.variants import (
-    default_kernel,
-    kernel_cycles,
-    kernel_from_text,
-    neighbours,
-    ranked_kernels,
-    variant_text,
-)
+from tvm_nm.schedules.variant_search import neighbours, ranked_kernels
+from tvm_nm.schedules.variants import default_kernel, kernel_cycles, kernel_from_text, variant_text
 from tvm_nm.schedules.winograd import winograd_applies
 from tvm_nm.workload import ConvWorkload, Epilogue
 

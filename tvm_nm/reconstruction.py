@@ -162,7 +162,8 @@ def reconstruct(
             options.samples,
             number,
             options.threads,
-            held=options.rectified,
+            # By magnitude, weights that are kept stay as they are.
+            held=0 if options.method is Method.MAGNITUDE else options.rectified,
             image_weight=options.image_weight,
         )
         fit = _fit(network, layer, choice, seen, options, (importance or {}).get(layer.name))

@@ -117,7 +117,7 @@ class Reproduction:
         path = self.work / "dense.onnx"
         images, method = (self.calibration, Method.OBS) if calibrated else (None, Method.MAGNITUDE)
         imported = import_onnx(path, verify=False)
-        return prune_imported(imported, onnx.load(path), plan, images, method, rearrange).model
+        return prune_imported(imported, [imported.module], onnx.load(path), plan, images, method, rearrange).model
 
     def top1(self, row: Row, seed: int) -> float:
         """Return a row's top-1 after training."""

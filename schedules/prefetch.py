@@ -4,12 +4,11 @@ An epilogue reads a few lines of the residual and writes as many of the output, 
 no prefetcher of the processor foresees them. Fetched when they are needed, they keep the core waiting: 64 lines for
 each tile of 8 channels and 3 vectors, a quarter of the time of a pointwise layer with 256 input channels and more of a
 sparse one. The templates mark a loop of the reduction with `PREFETCH`; each of its iterations then fetches the lines of
-its share of the tile's channels. The instructions are assembly for the reason that `weight_stream` gives.
+its share of the tile's channels.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import tvm
@@ -17,24 +16,12 @@ import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import SBlockRealize
 
-from tvm_nm.schedules.machine import architecture_of
+from tvm_nm.schedules.fetch_code import Fetch, fetch, fetch_code, fetching_loop, substitute
 
 __all__ = ["PREFETCH", "add_prefetches"]
 
 PREFETCH = "tvm_nm_prefetch"
 """Annotation of a loop beside an epilogue, whose extent divides the channels of the register tile."""
-
-_READ, _WRITE = "tvm_nm_fetch", "tvm_nm_fetch_to_write"
-_INSTRUCTIONS = (
-    (re.compile(r"x86_64h?|amd64|i[3-6]86"), {_READ: "prefetcht0 ($0)", _WRITE: "prefetchw ($0)"}),
-    (re.compile(r"aarch64|arm64e?"), {_READ: "prfm pldl1keep, [$0]", _WRITE: "prfm pstl1keep, [$0]"}),
-)
-_FUNCTION = """
-define linkonce_odr i32 @{name}(ptr %address) alwaysinline nounwind willreturn {{
-  call void asm sideeffect "{instruction}", "r"(ptr %address) memory(inaccessiblemem: readwrite) nounwind willreturn
-  ret i32 0
-}}
-"""
 
 
 def add_prefetches(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
@@ -42,11 +29,9 @@ def add_prefetches(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.ti
 
     Unchanged where the target has no known instruction.
     """
-    architecture = architecture_of(target)
-    found = next((texts for names, texts in _INSTRUCTIONS if names.fullmatch(architecture)), None)
-    if found is None:
+    code = fetch_code(target)
+    if code is None:
         return func
-    code = "".join(_FUNCTION.format(name=name, instruction=text) for name, text in found.items())
 
     def visit(stmt: Any) -> Any:
         store = _Store.of(stmt.seq[-1])
@@ -67,10 +52,10 @@ class _Store:
         block = realize.block
         store = block.body
         bound = dict(zip((axis.var for axis in block.iter_vars), realize.iter_values, strict=True))
-        self._places = [(_WRITE, store.buffer, _substitute(list(store.indices), bound))]
+        self._places = [(Fetch.WRITE, store.buffer, substitute(list(store.indices), bound))]
         for load in _loads(store.value):
             if load.source.name == "residual":
-                self._places.append((_READ, load.source, _substitute(list(load.indices), bound)))
+                self._places.append((Fetch.READ, load.source, substitute(list(load.indices), bound)))
 
     @staticmethod
     def of(stmt: Any) -> _Store | None:
@@ -85,12 +70,9 @@ class _Store:
         """Return a statement whose marked loops fetch what this epilogue touches; `code` defines how."""
 
         def visit(loop: Any) -> Any:
-            annotations = dict(loop.annotations)
-            if annotations.pop(PREFETCH, None) is None:
+            if PREFETCH not in loop.annotations:
                 return loop
-            body = tirx.SeqStmt([*self._fetches(loop.loop_var, int(loop.extent)), loop.body])
-            body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(code), body)
-            return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, annotations=annotations)
+            return fetching_loop(loop, PREFETCH, self._fetches(loop.loop_var, int(loop.extent)), code)
 
         return tvm_ffi.structural_map(stmt, (tirx.For, visit))
 
@@ -100,30 +82,20 @@ class _Store:
         # The first element of each vector, and the last of all: rows may start anywhere in a line.
         elements = [(vector, 0) for vector in range(vectors)] + [(vectors - 1, lanes - 1)]
         return [
-            self._fetch(function, buffer, indices, step * per_step + channel, vector, lane)
+            self._fetch(kind, buffer, indices, step * per_step + channel, vector, lane)
             for channel in range(per_step)
             for vector, lane in elements
-            for function, buffer, indices in self._places
+            for kind, buffer, indices in self._places
         ]
 
-    def _fetch(self, function: str, buffer: Any, indices: list[Any], channel: Any, vector: int, lane: int) -> Any:
+    def _fetch(self, kind: Fetch, buffer: Any, indices: list[Any], channel: Any, vector: int, lane: int) -> Any:
         values = {var: tirx.const(0, var.ty.dtype) for var in self._fixed}
         for loop, value in ((self._channel, channel), (self._vector, vector), (self._lane, lane)):
             values[loop.loop_var] = tirx.const(value, "int32") if isinstance(value, int) else value
-        address = tirx.address_of(tirx.BufferLoad(buffer, _substitute(indices, values)))
-        return tirx.Evaluate(tirx.call_extern("int32", function, address))
+        return fetch(kind, buffer, substitute(indices, values))
 
 
 def _loads(expr: Any) -> list[Any]:
     found: list[Any] = []
-
-    def visit(load: Any) -> Any:
-        found.append(load)
-        return load
-
-    tvm_ffi.structural_map(expr, (tvm.ir.TensorLoad, visit))
+    tvm_ffi.structural_walk(expr, (tvm.ir.TensorLoad, found.append))
     return found
-
-
-def _substitute(exprs: list[Any], values: dict[Any, Any]) -> list[Any]:
-    return [tvm_ffi.structural_map(expr, (tirx.Var, lambda var: values.get(var, var))) for expr in exprs]

@@ -6,21 +6,17 @@ for the memory, which has nothing to do in the other passes. Templates mark the 
 and the loop of passes with `PASSES`; `stream_weights` then makes each pass fetch its share of the next panel into L2.
 A kernel of one pass fetches its own weights a few iterations ahead, across the page boundaries at which the processor's
 prefetchers stop.
-
-LLVM's prefetch intrinsic counts as an access to memory that may be anywhere, and would keep the accumulators of a loop
-in memory. The instruction is therefore written as assembly that touches nothing that LLVM can see.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
 
-from tvm_nm.schedules.machine import architecture_of
+from tvm_nm.schedules.fetch_code import Fetch, fetch, fetch_code, fetching_loop, substitute, unmarked_loop
 
 __all__ = ["PASSES", "STREAM", "stream_weights"]
 
@@ -33,37 +29,25 @@ PASSES = "tvm_nm_passes"
 _WEIGHT = "weight"
 _LINE = 16  # float32 elements of a cache line
 _AHEAD = 1024  # elements that the only pass over a panel fetches ahead: a page
-_INSTRUCTIONS = (
-    (re.compile(r"x86_64h?|amd64|i[3-6]86"), "prefetcht1 ($0)"),
-    (re.compile(r"aarch64|arm64e?"), "prfm pldl2keep, [$0]"),
-)
-_FUNCTION = """
-define linkonce_odr i32 @tvm_nm_prefetch(ptr %address) alwaysinline nounwind willreturn {{
-  call void asm sideeffect "{instruction}", "r"(ptr %address) memory(inaccessiblemem: readwrite) nounwind willreturn
-  ret i32 0
-}}
-"""
 
 
 def stream_weights(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
     """Return a scheduled function whose marked loops prefetch; unchanged where the target has no known instruction."""
-    architecture = architecture_of(target)
-    instruction = next((text for names, text in _INSTRUCTIONS if names.fullmatch(architecture)), None)
-    if instruction is None:
+    code = fetch_code(target)
+    if code is None:
         return func
-    code = tvm.ir.StringImm(_FUNCTION.format(instruction=instruction))
 
     def in_passes(loop: Any) -> Any:
-        return _without(loop, PASSES, _stream(loop.body, code, loop)) if PASSES in loop.annotations else loop
+        return unmarked_loop(loop, PASSES, _stream(loop.body, code, loop)) if PASSES in loop.annotations else loop
 
     body = tvm_ffi.structural_map(func.body, (tirx.For, in_passes))
     return tirx.PrimFunc(func.params, _stream(body, code, None), func.ret_type, func.attrs)
 
 
-def _stream(stmt: Any, code: Any, passes: Any) -> Any:
+def _stream(stmt: Any, code: str, passes: Any) -> Any:
     """Make the marked loops within a statement prefetch, each pass of the loop `passes` its share."""
 
-    def fetch(loop: Any) -> Any:
+    def stream(loop: Any) -> Any:
         if STREAM not in loop.annotations:
             return loop
         row = int(loop.annotations[STREAM])
@@ -73,15 +57,11 @@ def _stream(stmt: Any, code: Any, passes: Any) -> Any:
         lines = -(-row // _LINE)
         share = -(-lines // count)
         first = passes.loop_var * share if count > 1 else tirx.const(0, "int32")
-        calls = []
-        for line in range(share):
-            offset = ahead + tirx.indexmod(first + line, lines) * _LINE
-            address = tirx.address_of(tirx.BufferLoad(source, [*indices[:-1], indices[-1] + offset]))
-            calls.append(tirx.Evaluate(tirx.call_extern("int32", "tvm_nm_prefetch", address)))
-        body = tirx.SeqStmt([*calls, loop.body])
-        return _without(loop, STREAM, tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", code, body))
+        offsets = [ahead + tirx.indexmod(first + line, lines) * _LINE for line in range(share)]
+        fetches = [fetch(Fetch.AHEAD, source, [*indices[:-1], indices[-1] + offset]) for offset in offsets]
+        return fetching_loop(loop, STREAM, fetches, code)
 
-    return tvm_ffi.structural_map(stmt, (tirx.For, fetch))
+    return tvm_ffi.structural_map(stmt, (tirx.For, stream))
 
 
 def _weights_of(loop: Any) -> tuple[Any, list[Any]]:
@@ -103,14 +83,5 @@ def _weights_of(loop: Any) -> tuple[Any, list[Any]]:
     kinds = ((s_tir.SBlockRealize, bind), (tirx.For, start), (tvm.ir.TensorLoad, note))
     tvm_ffi.structural_walk(loop.body, kinds)
 
-    def replace(var: Any) -> Any:
-        return values.get(var, var)
-
     # Once from a block's axes to the loops, and once from the inner loops to their start.
-    placed = [tvm_ffi.structural_map(index, (tirx.Var, replace)) for index in loads[0].indices]
-    return loads[0].source, [tvm_ffi.structural_map(index, (tirx.Var, replace)) for index in placed]
-
-
-def _without(loop: Any, annotation: str, body: Any) -> Any:
-    rest = {key: value for key, value in loop.annotations.items() if key != annotation}
-    return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, rest)
+    return loads[0].source, substitute(substitute(loads[0].indices, values), values)

@@ -173,9 +173,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         # A kernel may see a pointwise layer's map as a single row of pixels, a fully connected layer as one pixel.
         in_shape, out_shape = layer.input_shape, layer.output_shape
         if isinstance(kernel, (ChannelConvKernel, LaneConvKernel)):
-            work = kernel.workload
-            in_shape = (work.batch, work.in_channels, work.height, work.width)
-            out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
+            in_shape, out_shape = kernel.workload.input_shape, kernel.workload.output_shape
         data = self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape)
         arguments = [data, as_constant(choice.packed.values)]
         if choice.packed.index is not None:

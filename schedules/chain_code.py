@@ -67,7 +67,7 @@ _PREFETCH_BYTES = 4096
 def argument_shapes(kernel: ChainKernel) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return names, shapes and dtypes of a chain's arguments in order, the output last."""
     first, work, lanes = kernel.first, kernel.depthwise, kernel.lanes
-    size = (first.batch, first.in_channels, first.height, first.width)
+    size = first.input_shape
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "data": (blocked_shape(size, lanes) if kernel.blocked_input else size, "float32")
     }

@@ -115,11 +115,11 @@ def chain_cycles(kernel: ChainKernel, machine: Machine) -> float:
     tasks = work.batch * kernel.bands
     if kernel.staged:
         groups = -(-kernel.hidden_vectors // kernel.mixing.vectors)
-        cycles = (first + depthwise) * _imbalance(tasks * groups, machine) + tasks * groups * _TASK_OVERHEAD
+        cycles = (first + depthwise) * machine.imbalance(tasks * groups) + tasks * groups * _TASK_OVERHEAD
         if kernel.last is not None:
             groups = -(-kernel.out_vectors // kernel.last_mixing.vectors)
             last = _mix_cycles(kernel, kernel.last, kernel.last_mixing, work.out_height)
-            cycles += last * _imbalance(tasks * groups, machine) + tasks * groups * _TASK_OVERHEAD
+            cycles += last * machine.imbalance(tasks * groups) + tasks * groups * _TASK_OVERHEAD
             hidden_bytes = 4 * work.batch * kernel.hidden_vectors * kernel.hidden_plane
             if hidden_bytes > _L2_BYTES:
                 cycles += (1 + groups) * hidden_bytes / _STREAM_BYTES_PER_CYCLE
@@ -127,12 +127,8 @@ def chain_cycles(kernel: ChainKernel, machine: Machine) -> float:
         cycles = first + depthwise
         if kernel.last is not None:
             cycles += _mix_cycles(kernel, kernel.last, kernel.last_mixing, work.out_height)
-        cycles = cycles * _imbalance(tasks, machine) + tasks * _TASK_OVERHEAD
+        cycles = cycles * machine.imbalance(tasks) + tasks * _TASK_OVERHEAD
     return cycles + _weight_cycles(kernel)
-
-
-def _imbalance(tasks: int, machine: Machine) -> float:
-    return -(-tasks // machine.threads) * machine.threads / tasks
 
 
 def _mix_cycles(kernel: ChainKernel, work: ConvWorkload, mixing: Mixing, rows: int) -> float:

@@ -11,6 +11,7 @@ channels of a vector share their kept positions: dense, or 1xN with N a multiple
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import tvm
 from tvm import te, tirx
 
 from tvm_nm.schedules.conv import IndexKind
+from tvm_nm.schedules.conv_arguments import ConvArguments
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.workload import ConvWorkload
 
@@ -99,26 +101,14 @@ class ChannelConvKernel:
         """Whether no padded copy is needed. A table of positions needs the copy's flat axis."""
         return self.workload.padding == (0, 0, 0, 0) and self.workload.taps == 1
 
-    @property
-    def plane(self) -> tuple[int, int]:
-        """Rows and columns of the padded copy: as far as the windows reach."""
-        work = self.workload
-        height, width = (
-            (out - 1) * stride + (size - 1) * dilation + 1
-            for out, stride, size, dilation in zip(
-                (work.out_height, work.out_width), work.stride, work.kernel, work.dilation, strict=True
-            )
-        )
-        return height, width
-
     def tap_offset(self, ky: int, kx: int) -> int:
         """Offset of a tap in the padded copy of its channel."""
-        return ky * self.workload.dilation[0] * self.plane[1] + kx * self.workload.dilation[1]
+        return ky * self.workload.dilation[0] * self.workload.reach[1] + kx * self.workload.dilation[1]
 
     @property
     def channel_stride(self) -> int:
         """What the index of one channel's input differs by from the next one's in a table of positions."""
-        return self.plane[0] * self.plane[1]
+        return math.prod(self.workload.reach)
 
     @property
     def macs(self) -> int:
@@ -150,19 +140,9 @@ def channel_conv_prim_func(kernel: ChannelConvKernel) -> tvm.tirx.PrimFunc:
 
     Its arguments are those of `conv.conv_prim_func`, with the weights as `ChannelConvKernel.weight_shape`.
     """
-    work = kernel.workload
-    data = te.placeholder((work.batch, work.in_channels, work.height, work.width), name="data")
-    weight = te.placeholder(kernel.weight_shape, name="weight")
-    index = None if kernel.index_shape is None else te.placeholder(kernel.index_shape, kernel.index_dtype, name="index")
-    bias = te.placeholder((work.out_channels,), name="bias")
-    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
-    residual = te.placeholder(out_shape, name="residual") if work.epilogue.residual else None
-
-    turned = turned_sums(_sums(kernel, _source(kernel, data), weight, index))
-    out = store_turned(kernel, turned, bias, residual, out_shape)
-    arguments = [data, weight, index, bias, residual, out]
-    func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
-    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
+    arguments = ConvArguments.of(kernel.workload, kernel.weight_shape, kernel.index_shape, kernel.index_dtype)
+    sums = _sums(kernel, _source(kernel, arguments.data), arguments.weight, arguments.index)
+    return arguments.func(store_turned(kernel, turned_sums(sums), arguments.bias, arguments.residual))
 
 
 def _source(kernel: ChannelConvKernel, data: te.Tensor) -> te.Tensor:
@@ -171,7 +151,7 @@ def _source(kernel: ChannelConvKernel, data: te.Tensor) -> te.Tensor:
         return data
     work = kernel.workload
     top, left, _, _ = work.padding
-    rows, columns = kernel.plane
+    rows, columns = work.reach
 
     def element(n: Any, c: Any, row: Any, column: Any) -> Any:
         y, x = row - top, column - left
@@ -198,7 +178,7 @@ def _sums(kernel: ChannelConvKernel, source: te.Tensor, weight: te.Tensor, index
         start = g * work.in_channels_per_group + kept
         if index is not None:
             start = index[g, 0 if kernel.index is IndexKind.NONE else row, kept].astype("int32")
-        value = source[n, start, top, left] if work.taps == 1 else source[n, start + top * kernel.plane[1] + left]
+        value = source[n, start, top, left] if work.taps == 1 else source[n, start + top * work.reach[1] + left]
         return te.sum(weight[g, row, tile, kept, v, lane] * value, axis=[kept])
 
     shape = (
@@ -233,11 +213,10 @@ def turned_sums(sums: te.Tensor) -> te.Tensor:
     return te.compute((n, g, rows, tiles, vectors, lanes, *pixels), element, name="turned")
 
 
-def store_turned(
-    kernel: ChannelTile, turned: te.Tensor, bias: te.Tensor, residual: te.Tensor | None, shape: tuple[int, ...]
-) -> te.Tensor:
+def store_turned(kernel: ChannelTile, turned: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:
     """Return the output of (n, group, row, tile, vector, lane, pixel): cropped, through the epilogue."""
-    per_group, lanes = kernel.workload.out_channels_per_group, kernel.lanes
+    work, lanes = kernel.workload, kernel.lanes
+    per_group = work.out_channels_per_group
 
     def element(n: Any, oc: Any, y: Any, x: Any) -> Any:
         in_group = tirx.indexmod(oc, per_group)
@@ -250,10 +229,10 @@ def store_turned(
             tirx.indexdiv(in_tile, lanes),
             tirx.indexmod(in_tile, lanes),
         )
-        value = turned[(n, *channel, x) if shape[2] == 1 else (n, *channel, y, x)]
+        value = turned[(n, *channel, x) if work.out_height == 1 else (n, *channel, y, x)]
         value = value + bias[oc]
         if residual is not None:
             value = value + residual[n, oc, y, x]
-        return activate(value, kernel.workload.epilogue)
+        return activate(value, work.epilogue)
 
-    return te.compute(shape, element, name="out")
+    return te.compute(work.output_shape, element, name="out")

@@ -10,20 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.pixel_tiles import map_cycles, pixel_tiles
 from tvm_nm.workload import ConvWorkload
 
-__all__ = [
-    "channel_candidates",
-    "channel_cycles",
-    "choose_channel_kernel",
-    "compiles_well",
-    "predicted_channel_cycles",
-    "tiles_of",
-]
+__all__ = ["channel_candidates", "channel_cycles", "predicted_channel_cycles"]
 
 _FMA_LATENCY = 4.0
 _LOADS_PER_CYCLE = 1.6
@@ -53,27 +48,12 @@ def _tile_cycles(vectors: int, pixels: int) -> float:
     return cycles + _LOOP_OVERHEAD
 
 
-def _map_cycles(work: ConvWorkload, vectors: int, rows: int, columns: int) -> float:
-    """Cycles of one reduction step over the pixels of a map: full tiles and shorter last ones."""
-    cycles = 0.0
-    for down in tiles_of(work.out_height, rows):
-        for across in tiles_of(work.out_width, columns):
-            cycles += down[1] * across[1] * _tile_cycles(vectors, down[0] * across[0])
-    return cycles
-
-
-def tiles_of(extent: int, size: int) -> list[tuple[int, int]]:
-    """Return (size, count) of the tiles that cover an extent."""
-    full, rest = divmod(extent, size)
-    return [(size, full)] + ([(rest, 1)] if rest else [])
-
-
 def predicted_channel_cycles(kernel: ChannelConvKernel) -> float:
     """Return the model's cycles of a kernel on one thread, comparable with `tiling.predicted_cycles`."""
     work = kernel.workload
     pixels = work.out_pixels
     tasks = work.batch * work.groups * kernel.block_rows * kernel.tiles
-    step = _map_cycles(work, kernel.vectors, kernel.tile_rows, kernel.tile_columns)
+    step = map_cycles(work, kernel.tile_rows, kernel.tile_columns, partial(_tile_cycles, kernel.vectors))
     blocks = kernel.kept // kernel.kept_per_block
     carry = blocks * pixels * kernel.vectors * _CARRY_CYCLES_PER_VECTOR
     output = pixels * kernel.vectors * _OUTPUT_CYCLES_PER_VECTOR
@@ -89,8 +69,7 @@ def predicted_channel_cycles(kernel: ChannelConvKernel) -> float:
 def _input_cycles(kernel: ChannelConvKernel, tasks: int) -> float:
     """Cycles of copying the input, and of reading one that exceeds L1 a few pixels of a channel at a time."""
     work = kernel.workload
-    rows, columns = kernel.plane
-    input_bytes = 4 * work.in_channels * rows * columns
+    input_bytes = 4 * work.in_channels * math.prod(work.reach)
     copy = 0.0 if kernel.reads_input_directly else work.batch * input_bytes / _COPY_BYTES_PER_CYCLE
     if input_bytes <= _L1_BYTES:
         return copy
@@ -100,14 +79,10 @@ def _input_cycles(kernel: ChannelConvKernel, tasks: int) -> float:
     return copy + touches * (_FAR_LINE_CYCLES if far else _NEAR_LINE_CYCLES)
 
 
-def choose_channel_kernel(
-    workload: ConvWorkload,
-    machine: Machine,
-    *,
-    block: int | None = None,
-    kept: int | None = None,
-) -> ChannelConvKernel | None:
-    """Return the variant with the least predicted cycles, None where the family does not fit.
+def channel_candidates(
+    workload: ConvWorkload, machine: Machine, *, block: int | None = None, kept: int | None = None
+) -> list[ChannelConvKernel]:
+    """Return the variants worth trying, none where the family does not fit.
 
     Parameters
     ----------
@@ -120,14 +95,6 @@ def choose_channel_kernel(
     kept
         Positions (input channel, tap) that a block row keeps; default: everything.
     """
-    variants = channel_candidates(workload, machine, block=block, kept=kept)
-    return min(variants, key=lambda variant: channel_cycles(variant, machine), default=None)
-
-
-def channel_candidates(
-    workload: ConvWorkload, machine: Machine, *, block: int | None = None, kept: int | None = None
-) -> list[ChannelConvKernel]:
-    """Return the variants worth trying; parameters as of `choose_channel_kernel`."""
     work = replace(workload, height=1, width=workload.height * workload.width) if workload.is_pointwise else workload
     positions = work.in_channels_per_group * work.taps
     return [
@@ -140,8 +107,7 @@ def channel_candidates(
 def channel_cycles(kernel: ChannelConvKernel, machine: Machine) -> float:
     """Return the model's cycles of a kernel, those of idle threads included, as `tiling.predicted_cycles` counts."""
     tasks = kernel.workload.batch * kernel.workload.groups * kernel.block_rows * kernel.tiles
-    rounds = -(-tasks // machine.threads)
-    return predicted_channel_cycles(kernel) * rounds * machine.threads / tasks
+    return predicted_channel_cycles(kernel) * machine.imbalance(tasks)
 
 
 def _vector_counts(work: ConvWorkload, machine: Machine, block: int | None) -> list[int]:
@@ -178,17 +144,8 @@ def _variants(
     )
     entries = work.in_channels * (1 if work.taps == 1 else kernel.channel_stride)
     kernel = replace(kernel, index_dtype="uint8" if entries <= 1 << 8 else "uint16" if entries <= 1 << 16 else "int32")
-    for columns in range(1, min(most, work.out_width) + 1):
-        if compiles_well(work.out_width, columns):
-            yield replace(kernel, tile_columns=columns)
-    for rows in range(2, min(most // work.out_width, work.out_height) + 1):
-        if compiles_well(work.out_height, rows):
-            yield replace(kernel, tile_rows=rows, tile_columns=work.out_width)
-
-
-def compiles_well(extent: int, size: int) -> bool:
-    """Whether LLVM keeps the sums in registers: a single full tile it merges with a shorter last one, and spills."""
-    return extent // size != 1 or extent % size == 0
+    for rows, columns in pixel_tiles(work, most):
+        yield replace(kernel, tile_rows=rows, tile_columns=columns)
 
 
 def _blocked(kept: int, positions: int, step_bytes: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from typing import Any
 import tvm
 from tvm import te, tirx
 
+from tvm_nm.schedules.conv_arguments import ConvArguments
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.flat_rows import flat_row, with_flat_output
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
@@ -173,21 +174,11 @@ def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
     one; the output (N, OC, OH, OW). All float32 but the table.
     """
     work = kernel.workload
-    data = te.placeholder((work.batch, work.in_channels, work.height, work.width), name="data")
-    weight = te.placeholder(kernel.weight_shape, name="weight")
-    index = None if kernel.index_shape is None else te.placeholder(kernel.index_shape, kernel.index_dtype, name="index")
-    bias = te.placeholder((work.out_channels,), name="bias")
-    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
-    residual = te.placeholder(out_shape, name="residual") if work.epilogue.residual else None
-
-    sums = _sums(kernel, data, weight, index)
+    arguments = ConvArguments.of(work, kernel.weight_shape, kernel.index_shape, kernel.index_dtype)
+    sums = _sums(kernel, arguments.data, arguments.weight, arguments.index)
     store = _store_flat if kernel.geometry.flat else _store
-    out = store(kernel, sums, bias, residual)
-    arguments = [data, weight, index, bias, residual, out]
-    func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
-    if kernel.geometry.flat:
-        func = with_flat_output(func, kernel.geometry, out_shape)
-    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
+    func = arguments.func(store(kernel, sums, arguments.bias, arguments.residual))
+    return with_flat_output(func, kernel.geometry, work.output_shape) if kernel.geometry.flat else func
 
 
 def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tensor | None) -> te.Tensor:
@@ -320,7 +311,7 @@ def _store(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Te
             value = value + residual[n, oc, y, x]
         return activate(value, work.epilogue)
 
-    return te.compute((work.batch, work.out_channels, work.out_height, work.out_width), element, name="out")
+    return te.compute(work.output_shape, element, name="out")
 
 
 def _store_flat(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:

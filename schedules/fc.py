@@ -27,6 +27,7 @@ import tvm
 import tvm_ffi
 from tvm import s_tir, te, tirx
 
+from tvm_nm.schedules.conv_arguments import kernel_func
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights
@@ -169,9 +170,7 @@ def fc_prim_func(kernel: FcKernel) -> tvm.tirx.PrimFunc:
     attrs = {"schedule_rule": FC_RULE, "tvm_nm_block": kernel.block}
     sums = te.compute((kernel.blocks, kernel.batch, kernel.block // lanes, lanes), product, name="sums", attrs=attrs)
     out = te.compute(shape, element, name="out")
-    arguments = [data, weight, index, bias, residual, out]
-    func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
-    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
+    return kernel_func([data, weight, index, bias, residual, out])
 
 
 @tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{FC_RULE}", override=True)  # type: ignore[untyped-decorator]

@@ -21,6 +21,7 @@ import tvm
 from tvm import te, tirx
 
 from tvm_nm.schedules.channel_conv import store_turned, turned_sums
+from tvm_nm.schedules.conv_arguments import ConvArguments
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["LANE_CONV_RULE", "PERMUTATIONS", "LaneConvKernel", "lane_conv_prim_func"]
@@ -91,20 +92,6 @@ class LaneConvKernel:
         return (self.workload.groups, self.block_rows, 1, self.kept, self.vectors, self.lanes)
 
     @property
-    def plane(self) -> tuple[int, int]:
-        """Rows and columns of the padded copy, or of the input where none is needed."""
-        work = self.workload
-        if not any(work.padding):
-            return work.height, work.width
-        height, width = (
-            (out - 1) * stride + (size - 1) * dilation + 1
-            for out, stride, size, dilation in zip(
-                (work.out_height, work.out_width), work.stride, work.kernel, work.dilation, strict=True
-            )
-        )
-        return height, width
-
-    @property
     def macs(self) -> int:
         """Multiply-accumulates on kept weights."""
         return self.workload.batch * self.workload.out_pixels * self.workload.out_channels * self.kept
@@ -127,19 +114,10 @@ def lane_conv_prim_func(kernel: LaneConvKernel) -> tvm.tirx.PrimFunc:
 
     The permutation is written for one lane and means something once the lanes are vectorised, as the template does.
     """
-    work = kernel.workload
-    data = te.placeholder((work.batch, work.in_channels, work.height, work.width), name="data")
-    weight = te.placeholder(kernel.weight_shape, name="weight")
-    index = te.placeholder(kernel.weight_shape, "uint8", name="index")
-    bias = te.placeholder((work.out_channels,), name="bias")
-    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
-    residual = te.placeholder(out_shape, name="residual") if work.epilogue.residual else None
-
-    turned = turned_sums(_sums(kernel, _source(kernel, data), weight, index))
-    out = store_turned(kernel, turned, bias, residual, out_shape)
-    arguments = [data, weight, index, bias, residual, out]
-    func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
-    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
+    arguments = ConvArguments.of(kernel.workload, kernel.weight_shape, kernel.weight_shape, "uint8")
+    assert arguments.index is not None
+    sums = _sums(kernel, _source(kernel, arguments.data), arguments.weight, arguments.index)
+    return arguments.func(store_turned(kernel, turned_sums(sums), arguments.bias, arguments.residual))
 
 
 def _source(kernel: LaneConvKernel, data: te.Tensor) -> te.Tensor:
@@ -173,7 +151,7 @@ def _source(kernel: LaneConvKernel, data: te.Tensor) -> te.Tensor:
         value = interleaved[n, vector, x, lane] if work.height == 1 else interleaved[n, vector, y, x, lane]
         return tirx.if_then_else(inside, value, tirx.const(0.0, "float32"))
 
-    return te.compute((work.batch, work.groups * vectors, *kernel.plane, lanes), padded, name="pad")
+    return te.compute((work.batch, work.groups * vectors, *work.reach, lanes), padded, name="pad")
 
 
 def _sums(kernel: LaneConvKernel, source: te.Tensor, weight: te.Tensor, index: te.Tensor) -> te.Tensor:

@@ -6,12 +6,14 @@ constants were chosen on ResNet-50's layers at 2:4 and 1:4 on an AVX-512 server.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
-from tvm_nm.schedules.channel_tiling import compiles_well, tiles_of
 from tvm_nm.schedules.lane_conv import PERMUTATIONS, LaneConvKernel
 from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.pixel_tiles import map_cycles, pixel_tiles
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["lane_candidates", "lane_cycles"]
@@ -40,11 +42,7 @@ def _tile_cycles(vectors: int, pixels: int) -> float:
 def lane_cycles(kernel: LaneConvKernel, machine: Machine) -> float:
     """Return the model's cycles of a kernel, those of idle threads included, as `tiling.predicted_cycles` counts."""
     work, pixels = kernel.workload, kernel.workload.out_pixels
-    step = sum(
-        down[1] * across[1] * _tile_cycles(kernel.vectors, down[0] * across[0])
-        for down in tiles_of(work.out_height, kernel.tile_rows)
-        for across in tiles_of(work.out_width, kernel.tile_columns)
-    )
+    step = map_cycles(work, kernel.tile_rows, kernel.tile_columns, partial(_tile_cycles, kernel.vectors))
     blocks = kernel.kept // kernel.kept_per_block
     per_pixel = kernel.vectors * (blocks * _CARRY_CYCLES_PER_VECTOR + _OUTPUT_CYCLES_PER_VECTOR)
     tasks = work.batch * work.groups * kernel.block_rows
@@ -53,8 +51,8 @@ def lane_cycles(kernel: LaneConvKernel, machine: Machine) -> float:
     input_bytes = 4 * work.batch * work.groups * kernel.in_vectors * kernel.lanes
     cycles += input_bytes * work.height * work.width / _INTERLEAVE_BYTES_PER_CYCLE
     if any(work.padding):
-        cycles += input_bytes * kernel.plane[0] * kernel.plane[1] / _PAD_BYTES_PER_CYCLE
-    return cycles * -(-tasks // machine.threads) * machine.threads / tasks
+        cycles += input_bytes * math.prod(work.reach) / _PAD_BYTES_PER_CYCLE
+    return cycles * machine.imbalance(tasks)
 
 
 def lane_candidates(work: ConvWorkload, machine: Machine, per_vector: int) -> list[LaneConvKernel]:
@@ -86,9 +84,5 @@ def _variants(work: ConvWorkload, machine: Machine, vectors: int, per_vector: in
     step_bytes = 5 * vectors * machine.lanes
     lengths = [d for d in range(1, kernel.kept + 1) if kernel.kept % d == 0 and d * step_bytes <= _BLOCK_BYTES]
     kernel = replace(kernel, kept_per_block=lengths[-1])
-    for columns in range(1, min(most, work.out_width) + 1):
-        if compiles_well(work.out_width, columns):
-            yield replace(kernel, tile_columns=columns)
-    for rows in range(2, min(most // work.out_width, work.out_height) + 1):
-        if compiles_well(work.out_height, rows):
-            yield replace(kernel, tile_rows=rows, tile_columns=work.out_width)
+    for rows, columns in pixel_tiles(work, most):
+        yield replace(kernel, tile_rows=rows, tile_columns=columns)

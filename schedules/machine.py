@@ -40,6 +40,10 @@ class Machine:
         """How many registers a micro-kernel may hold sums in; the rest hold operands."""
         return 24 if self.registers >= 32 else 12
 
+    def imbalance(self, tasks: int) -> float:
+        """Return how many times longer equal tasks take than if their work divided evenly among the threads."""
+        return -(-tasks // self.threads) * self.threads / tasks
+
 
 # CPU families by the flags Linux lists for them, best first. The name is what LLVM takes as `mcpu`; AMX and
 # fp16 families add nothing for float32, but an exact name gives LLVM the right scheduling model.

@@ -21,6 +21,7 @@ import tvm_ffi
 from tvm import s_tir, te, tirx
 
 from tvm_nm.schedules.conv import padded_input, tap_position
+from tvm_nm.schedules.conv_arguments import kernel_func
 from tvm_nm.schedules.conv_template import schedule_pad
 from tvm_nm.schedules.geometry import PixelGeometry
 from tvm_nm.schedules.machine import Machine
@@ -76,7 +77,7 @@ def pool_prim_func(kernel: PoolKernel) -> tvm.tirx.PrimFunc:
     geometry, kind = kernel.geometry, kernel.kind
     work = geometry.workload
     lanes, pitch = geometry.lanes, geometry.pitch
-    data = te.placeholder((work.batch, work.in_channels, work.height, work.width), name="data")
+    data = te.placeholder(work.input_shape, name="data")
     source = padded_input(geometry, data, _LOWEST if kind is PoolKind.MAX else 0.0)
     ky = te.reduce_axis((0, work.kernel[0]), name="ky")
     kx = te.reduce_axis((0, work.kernel[1]), name="kx")
@@ -103,9 +104,8 @@ def pool_prim_func(kernel: PoolKernel) -> tvm.tirx.PrimFunc:
             return value
         return value / _valid_taps(kernel, y, x).astype("float32")
 
-    out = te.compute((work.batch, work.out_channels, work.out_height, work.out_width), element, name="out")
-    func = te.create_prim_func([data, out])
-    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
+    out = te.compute(work.output_shape, element, name="out")
+    return kernel_func([data, out])
 
 
 def _valid_taps(kernel: PoolKernel, y: Any, x: Any) -> Any:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import tvm
 from tvm import te, tirx
 
+from tvm_nm.schedules.conv_arguments import ConvArguments
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.packing import PackedWeights
 from tvm_nm.schedules.winograd_points import combine_columns, combine_rows, transform_matrices, transform_weights
@@ -151,18 +152,10 @@ def winograd_prim_func(kernel: WinogradKernel) -> tvm.tirx.PrimFunc:
     Its arguments, all float32: data (N, C, H, W); packed weights (`WinogradKernel.weight_shape`); bias (OC,); the
     residual (N, OC, OH, OW) if the epilogue adds one; the output (N, OC, OH, OW).
     """
-    work = kernel.workload
-    data = te.placeholder((work.batch, work.in_channels, work.height, work.width), name="data")
-    weight = te.placeholder(kernel.weight_shape, name="weight")
-    bias = te.placeholder((work.out_channels,), name="bias")
-    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
-    residual = te.placeholder(out_shape, name="residual") if work.epilogue.residual else None
-    frequencies = _input_transform(kernel, _channel_vectors(kernel, data))
-    sums = _products(kernel, frequencies, weight)
-    out = _store(kernel, _output_transform(kernel, sums), bias, residual)
-    arguments = [data, weight, bias, residual, out]
-    func = te.create_prim_func([tensor for tensor in arguments if tensor is not None])
-    return func.with_attr({"tirx.noalias": True, "op_pattern": 8})
+    arguments = ConvArguments.of(kernel.workload, kernel.weight_shape)
+    frequencies = _input_transform(kernel, _channel_vectors(kernel, arguments.data))
+    tiles = _output_transform(kernel, _products(kernel, frequencies, arguments.weight))
+    return arguments.func(_store(kernel, tiles, arguments.bias, arguments.residual))
 
 
 def _channel_vectors(kernel: WinogradKernel, data: te.Tensor) -> te.Tensor:
@@ -279,4 +272,4 @@ def _store(kernel: WinogradKernel, tiles: te.Tensor, bias: te.Tensor, residual: 
             value = value + residual[n, oc, y, x]
         return activate(value, work.epilogue)
 
-    return te.compute((work.batch, work.out_channels, work.out_height, work.out_width), element, name="out")
+    return te.compute(work.output_shape, element, name="out")

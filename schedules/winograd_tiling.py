@@ -47,8 +47,8 @@ def winograd_cycles(kernel: WinogradKernel, machine: Machine) -> float:
     transforms = kernel.ic_vectors * (tiles * frequencies * _INPUT_CYCLES_PER_VALUE + pixels * _COPY_CYCLES_PER_PIXEL)
     transforms += tiles * kernel.oc_blocks * kernel.oc_vectors * kernel.tile**2 * _OUTPUT_CYCLES_PER_VALUE
     tasks = frequencies * kernel.oc_blocks if kernel.staged else kernel.chunks
-    idle = -(-tasks // machine.threads) * machine.threads / tasks
-    cycles = (products + transforms + _stream_cycles(kernel)) * idle + _TASK_OVERHEAD * kernel.chunks
+    cycles = (products + transforms + _stream_cycles(kernel)) * machine.imbalance(tasks)
+    cycles += _TASK_OVERHEAD * kernel.chunks
     return _SCALE * cycles
 
 

@@ -111,6 +111,27 @@ class ConvWorkload:
         return (self.width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
 
     @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W)."""
+        return (self.batch, self.in_channels, self.height, self.width)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """(N, OC, OH, OW)."""
+        return (self.batch, self.out_channels, self.out_height, self.out_width)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Rows and columns of the padded input that the windows reach."""
+        height, width = (
+            (out - 1) * stride + (size - 1) * dilation + 1
+            for out, stride, size, dilation in zip(
+                (self.out_height, self.out_width), self.stride, self.kernel, self.dilation, strict=True
+            )
+        )
+        return height, width
+
+    @property
     def out_pixels(self) -> int:
         """Output pixels of one channel."""
         return self.out_height * self.out_width

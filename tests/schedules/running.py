@@ -82,14 +82,14 @@ def run_conv(
         packed, func = pack_channel_conv(kernel, weights), channel_conv_prim_func(kernel)
     else:
         packed, func = pack_conv(kernel, weights), conv_prim_func(kernel)
-    data_shape = (original.batch, original.in_channels, original.height, original.width)
-    out_shape = (original.batch, original.out_channels, original.out_height, original.out_width)
+    data_shape = original.input_shape
+    out_shape = original.output_shape
     data = integers(data_shape, rng)
     bias = integers((original.out_channels,), rng)
     residual = integers(out_shape, rng) if original.epilogue.residual else None
     # A pointwise workload may have been reshaped.
-    kernel_out = (work.batch, work.out_channels, work.out_height, work.out_width)
-    arguments = [data.reshape(work.batch, work.in_channels, work.height, work.width), packed.values]
+    kernel_out = work.output_shape
+    arguments = [data.reshape(work.input_shape), packed.values]
     if packed.index is not None:
         arguments.append(packed.index)
     arguments.append(bias)

@@ -115,11 +115,11 @@ def run(kernel: ChainKernel, weights: list[np.ndarray], target: object, rng: np.
     """Run a chain and compare it with its layers one by one."""
     layers = [work for work in (kernel.first, kernel.depthwise, kernel.last) if work is not None]
     first, lanes = kernel.first, kernel.lanes
-    data = integers((first.batch, first.in_channels, first.height, first.width), rng)
+    data = integers(first.input_shape, rng)
     biases = [integers((work.out_channels,), rng) for work in layers]
     expected, residual = data.astype(np.float64), None
     for work, weight, bias in zip(layers, weights, biases, strict=True):
-        shape = (work.batch, work.out_channels, work.out_height, work.out_width)
+        shape = work.output_shape
         residual = integers(shape, rng) if work.epilogue.residual else None
         expected = conv(work, expected, weight, bias, residual)
     packed = [pack_mixing(kernel, weights[0], last=False), pack_depthwise(kernel, weights[1])]

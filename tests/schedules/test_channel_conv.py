@@ -17,7 +17,7 @@ from test_tiling import AVX2, AVX512, NEON, SSE, layer
 
 from tvm_nm.schedules.channel_conv import ChannelConvKernel, channel_conv_prim_func
 from tvm_nm.schedules.channel_packing import pack_channel_conv
-from tvm_nm.schedules.channel_tiling import choose_channel_kernel, predicted_channel_cycles
+from tvm_nm.schedules.channel_tiling import channel_candidates, channel_cycles, predicted_channel_cycles
 from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
 from tvm_nm.schedules.packing import kept_per_block_row
@@ -63,14 +63,22 @@ def weights_of(case: Case) -> np.ndarray:
     return masked_weights(case.work, block, index, case.density, np.random.default_rng(case.seed))
 
 
+def best_kernel(
+    work: ConvWorkload, machine: Machine, block: int | None = None, kept: int | None = None
+) -> ChannelConvKernel | None:
+    """Return the variant that the model prefers, None where the family does not fit."""
+    variants = channel_candidates(work, machine, block=block, kept=kept)
+    return min(variants, key=lambda variant: channel_cycles(variant, machine), default=None)
+
+
 def kernel_of(case: Case, weights: np.ndarray) -> ChannelConvKernel:
     machine = machine_of(TARGETS[case.target])
     if case.vectors is None:
-        kernel = choose_channel_kernel(case.work, machine)
+        kernel = best_kernel(case.work, machine)
     else:
         block = case.vectors * case.lanes
         kept = int(kept_per_block_row(weights, case.work.groups, block, IndexKind.POSITION).max())
-        kernel = choose_channel_kernel(case.work, machine, block=block, kept=max(1, kept))
+        kernel = best_kernel(case.work, machine, block=block, kept=max(1, kept))
     assert kernel is not None
     return kernel
 
@@ -170,7 +178,7 @@ def unpack(kernel: ChannelConvKernel, values: np.ndarray, index: np.ndarray | No
                 position = offset - group * work.in_channels_per_group
             else:
                 channel, rest = divmod(offset, kernel.channel_stride)
-                y, x = divmod(rest, kernel.plane[1])
+                y, x = divmod(rest, kernel.workload.reach[1])
                 ky, kx = y // work.dilation[0], x // work.dilation[1]
                 assert (ky * work.dilation[0], kx * work.dilation[1]) == (y, x)
                 tap = ky * work.kernel[1] + kx
@@ -199,11 +207,11 @@ WORK = ConvWorkload(1, 64, 32, 32, 32, (3, 3), padding=ONE)
 
 
 def test_packing_refuses_what_does_not_fit() -> None:
-    kernel = choose_channel_kernel(WORK, AVX512, block=16, kept=5)
+    kernel = best_kernel(WORK, AVX512, block=16, kept=5)
     assert kernel is not None
     with pytest.raises(ValueError, match="a block row keeps 576 inputs, the kernel was made for"):
         pack_channel_conv(kernel, np.ones((32, 64, 3, 3), np.float32))
-    dense = choose_channel_kernel(WORK, AVX512)
+    dense = best_kernel(WORK, AVX512)
     assert dense is not None
     assert dense.index_dtype == "int32"
     with pytest.raises(ValueError, match="does not fit uint16"):
@@ -216,7 +224,7 @@ def test_choices_fit_the_machine(case: Case, machine: Machine) -> None:
     block = None if case.vectors is None else case.vectors * machine.lanes
     positions = case.work.in_channels_per_group * case.work.taps
     kept = None if block is None else max(1, int(case.density * positions))
-    kernel = choose_channel_kernel(case.work, machine, block=block, kept=kept)
+    kernel = best_kernel(case.work, machine, block=block, kept=kept)
     if case.work.out_channels_per_group < (block or machine.lanes):
         assert kernel is None
         return
@@ -234,11 +242,11 @@ def test_choices_fit_the_machine(case: Case, machine: Machine) -> None:
 
 def test_what_the_family_leaves_to_others() -> None:
     pointwise = ConvWorkload(1, 64, 64, 7, 7, (1, 1))
-    assert choose_channel_kernel(pointwise, AVX512) is not None
-    assert choose_channel_kernel(pointwise, AVX512, block=4, kept=32) is None  # not whole vectors
-    assert choose_channel_kernel(replace(pointwise, out_channels=8), AVX512) is None
-    assert choose_channel_kernel(ConvWorkload(1, 64, 64, 7, 7, (3, 3), groups=64), AVX512) is None  # depthwise
-    assert choose_channel_kernel(layer(64, 64, 112, 1), AVX512) is None  # sums of a task would leave L2
+    assert best_kernel(pointwise, AVX512) is not None
+    assert best_kernel(pointwise, AVX512, block=4, kept=32) is None  # not whole vectors
+    assert best_kernel(replace(pointwise, out_channels=8), AVX512) is None
+    assert best_kernel(ConvWorkload(1, 64, 64, 7, 7, (3, 3), groups=64), AVX512) is None  # depthwise
+    assert best_kernel(layer(64, 64, 112, 1), AVX512) is None  # sums of a task would leave L2
 
 
 SMALL_MAPS = [layer(512, 512, 7, 3), layer(512, 512, 7, 3, 2), layer(2048, 512, 7, 1), layer(256, 256, 14, 3)]
@@ -246,21 +254,21 @@ SMALL_MAPS = [layer(512, 512, 7, 3), layer(512, 512, 7, 3, 2), layer(2048, 512, 
 
 @pytest.mark.parametrize("work", SMALL_MAPS, ids=str)
 def test_small_maps_prefer_channel_vectors(work: ConvWorkload) -> None:
-    channels = choose_channel_kernel(work, AVX512)
+    channels = best_kernel(work, AVX512)
     assert channels is not None
     assert predicted_channel_cycles(channels) < 0.9 * predicted_cycles(choose_kernel(work, AVX512))
 
 
 def test_large_maps_with_few_channels_prefer_pixel_vectors() -> None:
     work = layer(64, 256, 56, 1)
-    channels = choose_channel_kernel(work, AVX512)
+    channels = best_kernel(work, AVX512)
     assert channels is None or predicted_channel_cycles(channels) > predicted_cycles(choose_kernel(work, AVX512))
 
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_tasks_for_every_thread(threads: int) -> None:
     for work in SMALL_MAPS:
-        kernel = choose_channel_kernel(work, Machine(16, 32, threads))
+        kernel = best_kernel(work, Machine(16, 32, threads))
         assert kernel is not None
         assert kernel.block_rows * kernel.tiles % threads == 0
 
@@ -278,7 +286,7 @@ KERNELS = {
 def test_sums_stay_in_registers(name: str) -> None:
     work, vectors = KERNELS[name]
     sparse = {} if vectors is None else {"block": 16 * vectors, "kept": work.in_channels * work.taps // 2}
-    kernel = choose_channel_kernel(work, AVX512, **sparse)
+    kernel = best_kernel(work, AVX512, **sparse)
     assert kernel is not None
     text = str(build(channel_conv_prim_func(kernel), SERVER).mod.inspect_source("asm"))
     hottest = max(inner_loops(text), key=lambda lines: fma_count(lines, "zmm"))
@@ -289,7 +297,7 @@ def test_sums_stay_in_registers(name: str) -> None:
 
 
 def test_sums_stay_in_sixteen_registers() -> None:
-    kernel = choose_channel_kernel(layer(64, 64, 14, 3), AVX2)
+    kernel = best_kernel(layer(64, 64, 14, 3), AVX2)
     assert kernel is not None
     text = str(build(channel_conv_prim_func(kernel), haswell()).mod.inspect_source("asm"))
     hottest = max(inner_loops(text), key=lambda lines: fma_count(lines, "ymm"))
@@ -300,7 +308,7 @@ def test_sums_stay_in_sixteen_registers() -> None:
 
 
 def test_the_transpose_is_made_of_shuffles() -> None:
-    kernel = choose_channel_kernel(layer(16, 16, 14, 1), AVX512)
+    kernel = best_kernel(layer(16, 16, 14, 1), AVX512)
     assert kernel is not None
     text = str(build(channel_conv_prim_func(kernel), SERVER).mod.inspect_source("asm"))
     # 16 rows of 16: 64 two-operand shuffles, none of which needs a vector of indices. LLVM may split off the last tile.

@@ -69,12 +69,12 @@ def check(case: Case, kernel: LaneConvKernel) -> None:
     weights = weights_of(case.work, case.pattern, case.seed)
     packed = pack_lane_conv(kernel, weights)
     work, original = kernel.workload, case.work
-    shape = (original.batch, original.out_channels, original.out_height, original.out_width)
-    data = integers((original.batch, original.in_channels, original.height, original.width), rng)
+    shape = original.output_shape
+    data = integers(original.input_shape, rng)
     bias = integers((original.out_channels,), rng)
     residual = integers(shape, rng) if original.epilogue.residual else None
-    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
-    arguments = [data.reshape(work.batch, work.in_channels, work.height, work.width), packed.values, packed.index, bias]
+    out_shape = work.output_shape
+    arguments = [data.reshape(work.input_shape), packed.values, packed.index, bias]
     arguments += [] if residual is None else [residual.reshape(out_shape)]
     out = call(build(lane_conv_prim_func(kernel), TARGETS[case.target]), arguments, out_shape).reshape(shape)
     np.testing.assert_array_equal(out, conv(original, data, weights, bias, residual))

@@ -80,8 +80,8 @@ def test_winograd_samples_compute_the_same() -> None:
     assert chosen == kernel.tiles_per_step
     assert min(tiles) == 1
     rng = np.random.default_rng(0)
-    out_shape = (WORK.batch, WORK.out_channels, WORK.out_height, WORK.out_width)
-    data = integers((WORK.batch, WORK.in_channels, WORK.height, WORK.width), rng)
+    out_shape = WORK.output_shape
+    data = integers(WORK.input_shape, rng)
     weights = integers((WORK.out_channels, WORK.in_channels, 3, 3), rng)
     bias, residual = integers((WORK.out_channels,), rng), integers(out_shape, rng)
     want = conv(WORK, data, weights, bias, residual)

@@ -34,7 +34,7 @@ def window(work: ConvWorkload, padding: tuple[int, int, int, int]) -> dict[str, 
 def test_convolutions(work: ConvWorkload) -> None:
     rng = np.random.default_rng(0)
     inputs = {
-        "x": integers((work.batch, work.in_channels, work.height, work.width), rng),
+        "x": integers(work.input_shape, rng),
         "w": integers((work.out_channels, work.in_channels_per_group, *work.kernel), rng),
         "b": integers((work.out_channels,), rng),
     }
@@ -54,7 +54,7 @@ def test_convolutions(work: ConvWorkload) -> None:
 def test_pools(pool: tuple[ConvWorkload, tuple[int, int, int, int]]) -> None:
     work, explicit = pool
     assume(work.padding == explicit)
-    data = integers((work.batch, work.in_channels, work.height, work.width), np.random.default_rng(0))
+    data = integers(work.input_shape, np.random.default_rng(0))
     expected = onnx_run("MaxPool", {"x": data}, **window(work, explicit))
     assume(np.isfinite(expected).all() and (expected > -1e38).all())
     np.testing.assert_array_equal(max_pool(data, work), expected)

@@ -50,7 +50,7 @@ def pools(draw: st.DrawFn) -> tuple[ConvWorkload, tuple[int, int, int, int]]:
 
 def check(work: ConvWorkload, explicit: tuple[int, int, int, int], kind: PoolKind, target: tvm.target.Target) -> None:
     # All negative: a padding of zeros would win every maximum.
-    data = integers((work.batch, work.in_channels, work.height, work.width), np.random.default_rng(work.height)) - 4
+    data = integers(work.input_shape, np.random.default_rng(work.height)) - 4
     if kind is PoolKind.MAX:
         expected = max_pool(data, work)
     else:

@@ -76,10 +76,10 @@ def run(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the kernel's output and what it must be."""
     work = kernel.workload
-    data = draw((work.batch, work.in_channels, work.height, work.width), rng)
+    data = draw(work.input_shape, rng)
     weights = draw((work.out_channels, work.in_channels, 3, 3), rng)
     bias = draw((work.out_channels,), rng)
-    out_shape = (work.batch, work.out_channels, work.out_height, work.out_width)
+    out_shape = work.output_shape
     residual = draw(out_shape, rng) if work.epilogue.residual else None
     arguments = [data, pack_winograd(kernel, weights).values, bias]
     if residual is not None:

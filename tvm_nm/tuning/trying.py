@@ -187,8 +187,7 @@ def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any,
     weight: tuple[int, ...]
     if isinstance(kernel, (ConvKernel, ChannelConvKernel, LaneConvKernel, WinogradKernel)):
         work = kernel.workload
-        out = (work.batch, work.out_channels, work.out_height, work.out_width)
-        data, weight = (work.batch, work.in_channels, work.height, work.width), kernel.weight_shape
+        out, data, weight = work.output_shape, work.input_shape, kernel.weight_shape
         table = None
         if isinstance(kernel, ConvKernel):
             table = random_index_table(kernel, rng)

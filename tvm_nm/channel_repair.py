@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tvm_nm.observation import Walk
 from tvm_nm.onnx_network import FloatArray, LayerNode, LayerWeights, OnnxNetwork
-from tvm_nm.reconstruction import Options, Walk
+from tvm_nm.reconstruction import Options
 from tvm_nm.tensor_store import TensorStore
 
 __all__ = ["ChannelRepair"]

@@ -206,9 +206,8 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
             wanted = plan if plan is not None else request.plan(imported.module)
             modules = [imported.module]
             imported = dataclasses.replace(imported, module=tvm.IRModule())
-            pruned = prune_imported(
-                *(imported, modules, imported.onnx, wanted, data, how, request.rearrange, step, reconstruction)
-            )
+            model, order = imported.onnx, request.rearrange
+            pruned = prune_imported(imported, modules, model, wanted, data, how, order, step, reconstruction)
             imported = _imported_again(pruned, imported.name, scratch / "calibrated.onnx")
             del pruned
             module, masks = imported.module, PackedMasks()  # the zeros are in the file already

@@ -198,15 +198,13 @@ def check_build(
     def judged(alternative: Alternative) -> Agreement:
         progress(f"looking for what passes: {alternative.label}")
         pruned = prune_imported(
-            *(
-                imported,
-                [imported.module],
-                dense.onnx,
-                alternative.plan,
-                recipe.images,
-                recipe.method,
-                recipe.request.rearrange,
-            ),
+            imported,
+            [imported.module],
+            dense.onnx,
+            alternative.plan,
+            recipe.images,
+            recipe.method,
+            recipe.request.rearrange,
             database=recipe.reconstruction,
         )
         return compare(wanted, answers_of_onnx(pruned.model, images), images)

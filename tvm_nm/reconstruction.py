@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from tvm_nm.errors import PlanError
 from tvm_nm.layer_pruning import Fit, Method, fit_layer
 from tvm_nm.masks import BoolArray
-from tvm_nm.moments import Moments
 from tvm_nm.observation import Observation, Walk, observe_layer
 from tvm_nm.onnx_network import LayerNode, LayerWeights, OnnxNetwork
 from tvm_nm.patterns import Dense
@@ -21,7 +20,7 @@ from tvm_nm.rectified import fit_rectified
 from tvm_nm.refit import DAMPING
 from tvm_nm.tensor_store import TensorStore
 
-__all__ = ["LayerFit", "Options", "Reconstruction", "Walk", "measure_layer", "reconstruct"]
+__all__ = ["LayerFit", "Options", "Reconstruction", "reconstruct"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,23 +211,3 @@ def _fit(
         image_weight=seen.image_weight,
     )
     return replace(fit, weights=weights)
-
-
-def measure_layer(layer: LayerNode, dense: Walk, pruned: Walk, options: Options, seed: int) -> Moments:
-    """Take the moments of a layer's inputs in one network and of the outputs wanted of them.
-
-    Parameters
-    ----------
-    layer
-        The layer.
-    dense, pruned
-        The dense network and the one pruned so far, both at the cut before the layer; may be the same.
-    options
-        How much to look at.
-    seed
-        Of the choice of rows.
-    """
-    seen = observe_layer(
-        layer, dense, pruned, options.samples, seed, options.threads, image_weight=options.image_weight
-    )
-    return seen.moments

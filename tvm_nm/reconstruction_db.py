@@ -24,10 +24,11 @@ from tvm_nm.channel_repair import ChannelRepair
 from tvm_nm.errors import ArtifactError
 from tvm_nm.json_file import read_json, write_bytes, write_text
 from tvm_nm.layer_pruning import Fit, fit_layer
+from tvm_nm.observation import Walk, observe_layer
 from tvm_nm.onnx_network import LayerWeights, OnnxNetwork
 from tvm_nm.patterns import Dense, SparsityPattern
 from tvm_nm.plan import Plan
-from tvm_nm.reconstruction import Options, Walk, measure_layer
+from tvm_nm.reconstruction import Options
 from tvm_nm.tensor_store import TensorStore
 
 __all__ = ["ReconstructionDatabase", "build_database", "network_fingerprint", "stitch"]
@@ -204,12 +205,14 @@ def build_database(
         if progress is not None:
             progress(layer.name, number, len(layers))
         walk.advance(layer.position)
-        moments = measure_layer(layer, walk, walk, options, layer.position)
+        seen = observe_layer(
+            layer, walk, walk, options.samples, layer.position, options.threads, image_weight=options.image_weight
+        )
         weight = network.weights(layer.name).weight
         for pattern, density in missing[layer.name]:
             scale = (importance or {}).get(layer.name)
             fit = fit_layer(
-                moments, weight, pattern, density, options.method, damping=options.damping, importance=scale
+                seen.moments, weight, pattern, density, options.method, damping=options.damping, importance=scale
             )
             database.add(layer.name, pattern, density, fit)
     return database

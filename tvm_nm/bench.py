@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 import onnx
-import tvm
 from numpy.typing import NDArray
 
-from tvm_nm.errors import ArtifactError, UnsupportedModelError
+from tvm_nm.call_clock import CallTimer
+from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.fma_peak import FmaPeak
 from tvm_nm.layer_bench import LayerAlone, layers_alone
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.network_times import layer_calls
 from tvm_nm.reference_run import random_inputs
-from tvm_nm.runtime import CompiledModel, use_threads
+from tvm_nm.runtime import CompiledModel
 
 __all__ = [
     "BenchmarkResult",
@@ -311,42 +312,23 @@ def profile_layers(model: CompiledModel, *, runs: int = 10) -> tuple[LayerTime, 
     ArtifactError
         If the calls do not match the manifest's layers.
     """
-    machine = model.virtual_machine()
-    use_threads(model.threads)
-    arguments = [tvm.runtime.tensor(array) for array in random_inputs(model.inputs).values()]
-    calls: list[tuple[str, int]] = []
-    started = 0
-
-    def instrument(_function: object, name: str, before: bool, *_: object) -> None:
-        nonlocal started
-        if before:
-            started = time.perf_counter_ns()
-        else:
-            calls.append((name, time.perf_counter_ns() - started))
-
-    machine.set_instrument(instrument)
-    samples = []
-    peak, peaks = FmaPeak(model.threads), []
-    for _ in range(runs + 1):
+    timer = CallTimer(model)
+    calls = layer_calls(model, timer.names)
+    peak, peaks, samples = FmaPeak(model.threads), [], []
+    for number in range(runs + 1):
         peaks.append(peak.gflops(2))
-        calls.clear()
-        machine["main"](*arguments)
-        samples.append([elapsed for _, elapsed in calls])
-    medians_us = np.median(np.array(samples[1:], dtype=np.float64), axis=0) / 1e3
-    medians_us -= medians_us.min()  # what measuring costs: some calls do next to nothing
-    functions = {layer.function for layer in model.layers}
-    pending = list(model.layers)
+        found = timer.run(warm=False)
+        samples += [found] if number else []
+    medians_us = np.median(np.concatenate(samples), axis=0)
+    chains: dict[str, list[LayerReport]] = {}
+    for report in model.layers:
+        chains.setdefault(report.chain or report.name, []).append(report)
     layers: list[LayerTime] = []
     rest: dict[str, tuple[int, float]] = {}
-    for (name, _), time_us in zip(calls, medians_us.tolist(), strict=True):
-        if name in functions:
-            if not pending or pending[0].function != name:
-                raise ArtifactError(f"{model.directory}: the library calls {name} where its manifest has another layer")
-            layer = pending.pop(0)
-            chain = [layer]
-            while pending and pending[0].chain == layer.name:
-                chain.append(pending.pop(0))
-            layers.append(LayerTime(layer.name, _whole(chain), 1, time_us, statistics.median(peaks)))
+    for name, layer, time_us in zip(timer.names, calls, medians_us.tolist(), strict=True):
+        if layer is not None:
+            whole = _whole(chains[layer.name])
+            layers.append(LayerTime(layer.name, whole, 1, time_us, statistics.median(peaks)))
         else:
             group = "other" if name.startswith("vm.builtin.") else name
             count, total = rest.get(group, (0, 0.0))

@@ -1,17 +1,14 @@
 """Measures what every layer costs at every candidate, in the network itself.
 
 The whole network is built dense and once for each pattern at some densities, and the builds take turns: a layer is
-timed with the epilogue that it has and the caches as the network leaves them. Times at other densities are
-interpolated. A machine whose clock drifts slows all builds of a round alike, so each round is divided by how slow it
-was; what is averaged is the rest.
+timed with the epilogue that it has and the caches as the network leaves them, and what layers and the fixed time add up
+to is the time of every build. Times at other densities are interpolated.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,6 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 
-from tvm_nm.bench import profile_layers
 from tvm_nm.compiler import model_sha256, write_library
 from tvm_nm.cost_merge import interpolate_times
 from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource
@@ -30,11 +26,11 @@ from tvm_nm.fingerprint import plain_target, structure_digest
 from tvm_nm.frontend import ImportedModel
 from tvm_nm.inventory import Layer, inventory
 from tvm_nm.manifest import MANIFEST
+from tvm_nm.network_times import spread_rest, time_networks
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 from tvm_nm.pipeline import build_executable
 from tvm_nm.plan import LayerChoice, Plan, prunable_layers
 from tvm_nm.pruning import prune_by_plan
-from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel, release_memory
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
 from tvm_nm.schedules.tuned import TunedKernels
@@ -45,9 +41,6 @@ DEFAULT_PATTERNS = ("1x4p", "1x16p")
 """Blocks by position: at the same density they lose less accuracy than whole kernels and cost the same."""
 DEFAULT_DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
 _ANCHORS = (0.75, 0.5, 0.25, 0.125, 0.0625)
-
-_MIN_ROUNDS = 7
-_BLOCK_US = 20_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +172,10 @@ def measure_costs(
             builds.append(_Build(pattern, density, model))
             if early is not None and number == len(sparsest):
                 step("measuring the dense and the sparsest builds")
-                times, fixed_us = _profile(builds, 0.0)
+                times, fixed_us = _times(builds, set(names), 0.0)
                 early(fixed_us + float(times.min(axis=0).sum()), fixed_us + float(times[0].sum()))
         step(f"measuring {len(builds)} builds in turns, {len(layers)} layers each")
-        times, fixed_us = _profile(builds, seconds)
+        times, fixed_us = _times(builds, set(names), seconds)
     found = _layer_costs(layers, set(names), builds, times, grid)
     return CostTable(
         model=imported.name,
@@ -215,35 +208,16 @@ def build_plan(
     return CompiledModel(directory, manifest)
 
 
-def _profile(builds: Sequence[_Build], seconds: float) -> tuple[NDArray[np.float64], float]:
+def _times(builds: Sequence[_Build], prunable: set[str], seconds: float) -> tuple[NDArray[np.float64], float]:
     """Return each layer's time in each build, (builds, layers), in us, and the time of everything else."""
-    inputs = random_inputs(builds[0].model.inputs)
-    for build in builds:
-        build.model(inputs)
-    begin = time.perf_counter()
-    builds[0].model(inputs)
-    runs = int(np.clip(round(_BLOCK_US / ((time.perf_counter() - begin) * 1e6)), 2, 20))
-    layer_rounds: list[list[list[float]]] = []
-    total_rounds: list[list[float]] = []
-    start = time.perf_counter()
-    while len(total_rounds) < _MIN_ROUNDS or time.perf_counter() - start < seconds:
-        layer_round, total_round = [], []
-        for build in builds:
-            parts = profile_layers(build.model, runs=runs)
-            layer_round.append([part.time_us for part in parts if part.layer is not None])
-            begin = time.perf_counter()
-            for _ in range(runs):
-                build.model(inputs)
-            total_round.append((time.perf_counter() - begin) / runs * 1e6)
-        layer_rounds.append(layer_round)
-        total_rounds.append(total_round)
-    samples, totals = np.array(layer_rounds), np.array(total_rounds)
-    # How slow a round was: the median, over the builds, of how much slower each was than it usually is.
-    usual = np.median(totals, axis=0)
-    drift = np.median(totals / usual, axis=1)
-    times = np.median(samples / drift[:, None, None], axis=0)
-    rest = np.median(totals / drift[:, None], axis=0) - times.sum(axis=1)
-    return times, statistics.median(rest.tolist())
+    measured = time_networks([build.model for build in builds], seconds)
+    layers = np.array([times.layers_us for times in measured])
+    weights = np.array([[report.packed_bytes for report in build.model.layers] for build in builds], dtype=np.float64)
+    spared = [report.name not in prunable for report in builds[0].model.layers]
+    # A layer that is never pruned has the same kernel in every build: one time out of all of them.
+    layers[:, spared] = np.median(layers[:, spared], axis=0)
+    weights[:, spared] = 0.0
+    return spread_rest(np.array([times.total_us for times in measured]), layers, weights)
 
 
 def _layer_costs(
@@ -260,10 +234,10 @@ def _layer_costs(
         index = order[layer.name]
         dense = reports[0][index]
         everywhere = times[:, index]
-        # A layer that is never pruned has the same kernel in every build: one time out of all of them.
-        time_us = float(everywhere[0] if layer.name in prunable else np.median(everywhere))
         candidates = [
-            Candidate(Dense(), 1.0, time_us, macs=dense.kept_macs, bytes=dense.packed_bytes, kernel=dense.kernel)
+            Candidate(
+                Dense(), 1.0, float(everywhere[0]), macs=dense.kept_macs, bytes=dense.packed_bytes, kernel=dense.kernel
+            )
         ]
         if layer.name in prunable:
             for pattern in grid.patterns:

@@ -1,32 +1,28 @@
 """Closes the loop: builds a plan, measures it beside the dense network, corrects the table and plans again.
 
 Layers' times do not quite add up, and the ones that a planner picks are those whose times were measured too low. After
-building a plan, what its layers took in it replaces what the table said, and what then is still missing between the
-sum and the whole is put on the fixed time.
+building a plan, what its layers took in it replaces what the table said; the whole of the plan is right then, and other
+plans are nearly so.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tvm
-from numpy.typing import NDArray
 
-from tvm_nm.bench import profile_layers
 from tvm_nm.constraints import Constraints
 from tvm_nm.cost_measure import build_plan
 from tvm_nm.costs import CostTable
 from tvm_nm.frontend import ImportedModel
+from tvm_nm.network_times import time_networks
 from tvm_nm.plan import Plan
 from tvm_nm.planner import Planner, Solution
 from tvm_nm.planning import make_plan
-from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel
 from tvm_nm.schedules.tuned import TunedKernels
 
@@ -46,8 +42,6 @@ MAX_ROUNDS = 3
 TOLERANCE = 0.03
 """How far the measured time may be from the budget."""
 
-_MIN_BLOCKS = 15
-_BLOCK_US = 30_000.0
 _RATIO_LIMITS = (0.7, 1.5)
 
 
@@ -195,12 +189,16 @@ def measure_share(dense: CompiledModel, planned: CompiledModel, seconds: float) 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Times in turns: the whole of both networks, and the planned one's layers beside the dense one's."""
+    """Times in turns: the whole of both networks, and the planned one's layers with the size of their weights."""
 
-    share: float
     dense_us: float
-    dense_layers: dict[str, float]
+    planned_us: float
     layers: dict[str, float]
+    bytes: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        return self.planned_us / self.dense_us
 
 
 def _solve(planner: Planner, budget_us: float) -> Solution:
@@ -209,62 +207,34 @@ def _solve(planner: Planner, budget_us: float) -> Solution:
 
 
 def _measure(dense: CompiledModel, planned: CompiledModel, seconds: float) -> _Measured:
-    inputs = random_inputs(dense.inputs)
-    models = (dense, planned)
-    for model in models:
-        model(inputs)
-    begin = time.perf_counter()
-    dense(inputs)
-    calls = max(2, round(_BLOCK_US / ((time.perf_counter() - begin) * 1e6)))
-    totals: list[list[float]] = []
-    layers: list[list[list[float]]] = []
-    start = time.perf_counter()
-    for number in itertools.count():
-        if number >= _MIN_BLOCKS and time.perf_counter() - start >= seconds:
-            break
-        order = (0, 1) if number % 2 else (1, 0)
-        row, parts = [0.0, 0.0], [[0.0], [0.0]]
-        for index in order:
-            begin = time.perf_counter()
-            for _ in range(calls):
-                models[index](inputs)
-            row[index] = (time.perf_counter() - begin) / calls * 1e6
-        for index in order:
-            found = profile_layers(models[index], runs=2)
-            parts[index] = [part.time_us for part in found if part.layer is not None]
-        totals.append(row)
-        layers.append(parts)
-    whole = np.array(totals)
-    share = float(np.median(whole[:, 1] / whole[:, 0]))
-    names = [[layer.name for layer in model.layers] for model in models]
-    times = [_steady(np.array([row[i] for row in layers]), whole[:, 0]) for i in (0, 1)]
+    whole, found = time_networks((dense, planned), seconds)
+    names = [layer.name for layer in planned.layers]
     return _Measured(
-        share,
-        float(np.median(whole[:, 0])),
-        dict(zip(names[0], times[0], strict=True)),
-        dict(zip(names[1], times[1], strict=True)),
+        whole.total_us,
+        found.total_us,
+        dict(zip(names, found.layers_us.tolist(), strict=True)),
+        {layer.name: layer.packed_bytes for layer in planned.layers},
     )
-
-
-def _steady(samples: NDArray[np.float64], pace: NDArray[np.float64]) -> list[float]:
-    """Medians over the rounds after taking out how slow each round was."""
-    drift = pace / np.median(pace)
-    found: list[float] = np.median(samples / drift[:, None], axis=0).tolist()
-    return found
 
 
 def _corrected(table: CostTable, plan: Plan, measured: _Measured, dense_us: float) -> CostTable:
     scale = dense_us / measured.dense_us
     choices = {choice.name: choice for choice in plan.layers}
+    names = [layer.name for layer in table.layers]
+    weights = [measured.bytes[layer.name] if layer.can_be_pruned else 0 for layer in table.layers]
+    times = np.array([measured.layers[name] * scale for name in names])
+    # As in the table: what layers and fixed time lack to the whole goes with the weights.
+    lack = measured.planned_us * scale - table.fixed_us - float(times.sum())
+    times += lack * np.array(weights) / max(1, sum(weights))
     layers = []
-    for layer in table.layers:
+    for layer, time_us in zip(table.layers, times.tolist(), strict=True):
         choice = choices.get(layer.name)
-        chosen = layer.find(choice.pattern, choice.density) if choice is not None else None
-        if chosen is None or chosen.is_dense or layer.name not in measured.layers or chosen.time_us <= 0:
+        chosen = (layer.find(choice.pattern, choice.density) if choice is not None else None) or layer.dense
+        if chosen.time_us <= 0:
             layers.append(layer)
             continue
-        ratio = float(np.clip(measured.layers[layer.name] * scale / chosen.time_us, *_RATIO_LIMITS))
-        # What this layer's sparse kernel takes more or less than in uniform builds, it does at other densities, too.
+        ratio = float(np.clip(time_us / chosen.time_us, *_RATIO_LIMITS))
+        # What this layer's kernel takes more or less than in uniform builds, it does at other densities, too.
         candidates = tuple(
             dataclasses.replace(candidate, time_us=candidate.time_us * ratio)
             if candidate.pattern == chosen.pattern

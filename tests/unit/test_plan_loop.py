@@ -56,10 +56,10 @@ class Machine:
     def measure(self, dense: Plan, planned: Plan, _seconds: float) -> Any:
         pace = 1.7  # the machine is slower than when the table was made
         return plan_loop._Measured(
-            self.whole(planned) / self.whole(dense),
             self.whole(dense) * pace,
-            {name: time * pace for name, time in self.times(dense)},
+            self.whole(planned) * pace,
             {name: time * pace for name, time in self.times(planned)},
+            {name: 100 for name, _ in self.times(planned)},
         )
 
 
@@ -90,6 +90,13 @@ def test_later_rounds_meet_the_budget_and_predict_it(
     assert len(lines) == len(result.rounds)
     assert "budget 60.0%" in lines[0]
     assert [line.endswith("<- taken") for line in lines] == [i == result.best for i in range(len(lines))]
+
+
+def test_a_plan_that_was_measured_is_predicted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, costs(), 1.2, 80.0)
+    result = run(machine.costs, 0.6, rounds=1)
+    (only,) = result.rounds
+    assert predicted_us(result.table, only.plan) / machine.costs.dense_us == pytest.approx(only.measured)
 
 
 def test_a_budget_that_cannot_be_met_after_all_gives_the_fastest_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,105 @@
+"""Times of networks and layers, and how they are made to add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import small_cnn
+
+import tvm_nm
+from tvm_nm import network_times
+from tvm_nm.call_clock import CallTimer
+from tvm_nm.network_times import fastest_quarter, layer_calls, spread_rest, time_networks
+from tvm_nm.runtime import CompiledModel
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
+    directory = tmp_path_factory.mktemp("net")
+    tvm_nm.compile(small_cnn(), pattern="1x4", density=0.5, output=directory, threads=1)
+    return tvm_nm.load(directory)
+
+
+def test_every_call_is_timed(model: CompiledModel) -> None:
+    timer = CallTimer(model)
+    begin = time.perf_counter()
+    found = timer.run(5)
+    wall_us = (time.perf_counter() - begin) * 1e6
+    assert found.shape == (5, len(timer.names))
+    assert (found >= 0).all()
+    assert 0 < found.sum() < wall_us
+    assert len([layer for layer in layer_calls(model, timer.names) if layer]) == len(model.layers)
+
+
+def test_more_stamps_than_fit_at_once(model: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = CallTimer(model)
+    monkeypatch.setattr("tvm_nm.call_clock._CAPACITY", 5 * len(timer.names))
+    found = timer.run(7)
+    assert found.shape == (7, len(timer.names))
+
+
+def test_a_clock_costs_calls_next_to_nothing(model: CompiledModel) -> None:
+    timer = CallTimer(model)
+    nothing = [number for number, name in enumerate(timer.names) if name.startswith("vm.builtin.")]
+    assert nothing
+    assert np.median(timer.run(50), axis=0)[nothing].min() < 1.0  # an instrument in Python: from 0.4 to 3 us
+
+
+def test_networks_are_measured_in_turns(model: CompiledModel) -> None:
+    first, second = time_networks((model, model), 0.0)
+    for found in (first, second):
+        assert found.layers_us.shape == (len(model.layers),)
+        assert (found.layers_us > 0).all()
+        assert found.layers_us.sum() < 1.5 * found.total_us
+
+
+def test_chains_count_with_their_first_layer(model: CompiledModel) -> None:
+    first, second, *others = model.layers
+    chained = dataclasses.replace(second, chain=first.name, function=first.function)
+    manifest = dataclasses.replace(model.manifest, layers=(first, chained, *others))
+    joined = CompiledModel(Path("x"), manifest)
+    calls = layer_calls(joined, ["a", first.function, *(layer.function for layer in others)])
+    assert calls == [None, first, *others]
+
+
+def test_disturbed_runs_do_not_count() -> None:
+    rng = np.random.default_rng(0)
+    quiet = 100 + rng.random((400, 3))
+    busy = quiet * np.array([1.3, 1.9, 1.5])  # each layer suffers differently
+    disturbed = np.where(rng.random((400, 1)) < 0.7, busy, quiet)
+    found = fastest_quarter(disturbed, disturbed.sum(axis=1))
+    assert found == pytest.approx(quiet.mean(axis=0), rel=0.01)
+    assert np.median(disturbed, axis=0)[1] > 180
+    assert fastest_quarter([5.0, 1.0, 2.0, 3.0], [5.0, 1.0, 2.0, 3.0]) == pytest.approx(2.0)
+
+
+def test_layers_and_fixed_time_add_up_to_every_build() -> None:
+    """What calls take between layers grows with the weights: one fixed time for all builds would be wrong."""
+    layers = np.array([[300.0, 600.0, 10.0], [100.0, 200.0, 10.0], [40.0, 70.0, 10.0]])
+    rests = np.array([110.0, 60.0, 45.0])
+    weights = np.array([[1.5, 0.5, 0.0], [0.4, 0.1, 0.0], [0.1, 0.1, 0.0]])
+    totals = layers.sum(axis=1) + rests
+    found, fixed = spread_rest(totals, layers, weights)
+    assert fixed == 45.0
+    assert found.sum(axis=1) + fixed == pytest.approx(totals)
+    assert found[0] - layers[0] == pytest.approx([0.75 * 65, 0.25 * 65, 0.0])
+    assert (found[2] == layers[2]).all()
+
+
+def test_slow_networks_are_run_once_a_round(model: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_times, "_BLOCK_US", 1e-3)
+    seen: list[int] = []
+    run = CallTimer.run
+
+    def counted(self: CallTimer, runs: int = 1, *, warm: bool = True) -> object:
+        seen.append(runs)
+        assert not warm
+        return run(self, runs, warm=warm)
+
+    monkeypatch.setattr(CallTimer, "run", counted)
+    time_networks((model,), 0.0)
+    assert seen == [1] * 7

@@ -1,0 +1,179 @@
+"""Times of whole networks and of their layers, measured in turns and made to add up.
+
+Other processes and other guests of the machine make a run slower, never faster, and they slow sparse and dense kernels
+by different factors: medians of a busy minute say little about a quiet one. So networks take turns with few runs each,
+every run is timed by itself, and what counts is the fastest quarter of each network's runs.
+
+Layers are timed in other runs than the whole, with a clock between the calls. What they lack to the whole is more than
+a fixed time: weights that do not fit into the caches beside each other drive out what the calls in between need, the
+virtual machine's and Python's code and data. With 2 MB of weights this rest was twice that of the same network with
+0.5 MB. `spread_rest` takes the least rest of several builds as the fixed time and puts the excess of each on its layers
+by the size of their weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tvm_nm.call_clock import CallTimer
+from tvm_nm.errors import ArtifactError
+from tvm_nm.layer_report import LayerReport
+from tvm_nm.reference_run import random_inputs
+from tvm_nm.runtime import CompiledModel
+
+__all__ = ["NetworkTimes", "fastest_quarter", "layer_calls", "spread_rest", "time_networks"]
+
+_MIN_ROUNDS = 7
+_BLOCK_US = 5_000.0
+_MAX_RUNS = 4
+_LEAST_RUNS = 3
+"""Runs to average at least, where a quarter is less."""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkTimes:
+    """One network.
+
+    Attributes
+    ----------
+    total_us
+        One call, from NumPy arrays to NumPy arrays.
+    layers_us
+        Its layers, as in the model's `layers`; several that one call computes count with the first.
+    """
+
+    total_us: float
+    layers_us: NDArray[np.float64]
+
+
+def time_networks(models: Sequence[CompiledModel], seconds: float) -> tuple[NetworkTimes, ...]:
+    """Measure networks in turns.
+
+    Parameters
+    ----------
+    models
+        The networks, for the same inputs.
+    seconds
+        How long, at least; a few rounds are made in any case.
+    """
+    contestants = [_Contestant(model) for model in models]
+    start, rounds = time.perf_counter(), 0
+    while rounds < _MIN_ROUNDS or time.perf_counter() - start < seconds:
+        first = rounds % len(contestants)
+        for contestant in contestants[first:] + contestants[:first]:
+            contestant.block()
+        rounds += 1
+    return tuple(contestant.times() for contestant in contestants)
+
+
+def fastest_quarter(samples: ArrayLike, keys: ArrayLike) -> NDArray[np.float64]:
+    """Return the mean of those samples whose keys are the smallest quarter, at least three.
+
+    Parameters
+    ----------
+    samples
+        (runs, ...).
+    keys
+        (runs,): what is small in runs that nothing disturbed.
+    """
+    order = np.argsort(np.asarray(keys), kind="stable")
+    chosen = np.asarray(samples, dtype=np.float64)[order[: max(_LEAST_RUNS, len(order) // 4)]]
+    mean: NDArray[np.float64] = chosen.mean(axis=0)
+    return mean
+
+
+def spread_rest(
+    totals: NDArray[np.float64], layers: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Make layers and a fixed time add up to the whole of every build.
+
+    Parameters
+    ----------
+    totals
+        (builds,): time of the whole.
+    layers
+        (builds, layers): times of the layers.
+    weights
+        (builds, layers): how a build's excess over the fixed time is shared among its layers.
+
+    Returns
+    -------
+    Times of the layers, and the fixed time, which is the least rest of any build.
+    """
+    rest = totals - layers.sum(axis=1)
+    fixed = float(rest.min())
+    shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return layers + (rest - fixed)[:, None] * shares, fixed
+
+
+def layer_calls(model: CompiledModel, names: Sequence[str]) -> list[LayerReport | None]:
+    """Say which layer each call of an inference computes.
+
+    Parameters
+    ----------
+    model
+        The model.
+    names
+        The functions that it calls, in order.
+
+    Returns
+    -------
+    For each call its layer, of several that it computes the first; None for calls that compute none.
+
+    Raises
+    ------
+    ArtifactError
+        If the calls do not match the manifest's layers.
+    """
+    functions = {layer.function for layer in model.layers}
+    pending = list(model.layers)
+    found: list[LayerReport | None] = []
+    for name in names:
+        if name not in functions:
+            found.append(None)
+            continue
+        if not pending or pending[0].function != name:
+            raise ArtifactError(f"{model.directory}: the library calls {name} where its manifest has another layer")
+        layer = pending.pop(0)
+        while pending and pending[0].chain == layer.name:
+            pending.pop(0)
+        found.append(layer)
+    return found
+
+
+class _Contestant:
+    def __init__(self, model: CompiledModel) -> None:
+        self._model = model
+        self._inputs = random_inputs(model.inputs)
+        self._timer = CallTimer(model)
+        order = {layer.name: index for index, layer in enumerate(model.layers)}
+        calls = [(index, layer) for index, layer in enumerate(layer_calls(model, self._timer.names)) if layer]
+        self._calls = [index for index, _ in calls]
+        self._places = [order[layer.name] for _, layer in calls]
+        model(self._inputs)
+        begin = time.perf_counter()
+        model(self._inputs)
+        self._runs = int(np.clip(_BLOCK_US / ((time.perf_counter() - begin) * 1e6), 1, _MAX_RUNS))
+        self._totals: list[float] = []
+        self._layers: list[NDArray[np.float64]] = []
+
+    def block(self) -> None:
+        """Run a few times as users do, and a few times with the clock, after one run to fill the caches."""
+        self._model(self._inputs)
+        for _ in range(self._runs):
+            begin = time.perf_counter()
+            self._model(self._inputs)
+            self._totals.append((time.perf_counter() - begin) * 1e6)
+        # A slow network needs no warming: it replaces what is in the caches by itself.
+        self._layers += list(self._timer.run(self._runs, warm=self._runs > 1))
+
+    def times(self) -> NetworkTimes:
+        calls = np.array(self._layers)
+        layers = np.zeros(len(self._model.layers))
+        layers[self._places] = fastest_quarter(calls[:, self._calls], calls.sum(axis=1))
+        return NetworkTimes(float(fastest_quarter(self._totals, self._totals)), layers)

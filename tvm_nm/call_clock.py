@@ -145,7 +145,7 @@ class _Clock:
         self.stamp = self._module["stamp"]
         self._count = ctypes.c_int64.from_address(int(self._module["count"]()))
         stamps = (ctypes.c_int64 * _CAPACITY).from_address(int(self._module["stamps"]()))
-        self._stamps: NDArray[np.int64] = np.frombuffer(stamps, dtype=np.int64)
+        self._stamps: NDArray[np.int64] = np.ctypeslib.as_array(stamps)
 
     def reset(self) -> None:
         self._count.value = 0
@@ -155,7 +155,8 @@ class _Clock:
         count = int(self._count.value)
         if count != expected or count > _CAPACITY:
             raise RuntimeError(f"{count} stamps were taken where {expected} belong: inferences ran at the same time")
-        return self._stamps[:count].copy()
+        stamps: NDArray[np.int64] = self._stamps[:count].copy()
+        return stamps
 
 
 @functools.cache

@@ -33,7 +33,6 @@ __all__ = [
     "LoopRound",
     "close_loop",
     "describe_rounds",
-    "measure_share",
     "predicted_us",
 ]
 
@@ -103,6 +102,7 @@ def close_loop(
     constraints: Constraints | None = None,
     first: Plan | None = None,
     dense_us: float | None = None,
+    dense: CompiledModel | None = None,
     tuned: TunedKernels | None = None,
     rounds: int = MAX_ROUNDS,
     seconds: float = 6.0,
@@ -124,6 +124,8 @@ def close_loop(
         The plan to begin with, for instance one that was searched; default: the planner's.
     dense_us
         Time of the dense network on the scale of the table, for one that has been corrected; default: the table's.
+    dense
+        A build of the dense network by `build_plan` with the same `tuned`; default: it is built.
     tuned
         Tuned kernel variants to build with.
     rounds
@@ -139,9 +141,10 @@ def close_loop(
         If no plan meets the budget in the table that it begins with.
     """
     step = progress or (lambda _: None)
-    step("building the dense network")
     dense_us = dense_us or table.dense_us  # what shares are shares of, however the table is corrected
-    dense = build_plan(imported, Plan(), target, directory / "dense", tuned)
+    if dense is None:
+        step("building the dense network")
+        dense = build_plan(imported, Plan(), target, directory / "dense", tuned)
     done: list[LoopRound] = []
     seen: set[tuple[object, ...]] = set()
     for number in range(rounds):
@@ -180,11 +183,6 @@ def predicted_us(table: CostTable, plan: Plan) -> float:
         found = layer.dense if choice is None else layer.find(choice.pattern, choice.density)
         total += (found or layer.dense).time_us
     return total
-
-
-def measure_share(dense: CompiledModel, planned: CompiledModel, seconds: float) -> float:
-    """Measure two builds of a network in turns, and return the time of the second as a share of the first's."""
-    return _measure(dense, planned, seconds).share
 
 
 @dataclass(frozen=True, slots=True)

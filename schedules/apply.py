@@ -15,6 +15,7 @@ from tvm_nm.schedules.channel_template import schedule_channel_conv, schedule_la
 from tvm_nm.schedules.conv import CONV_RULE
 from tvm_nm.schedules.conv_template import schedule_conv
 from tvm_nm.schedules.fc import FC_RULE, schedule_fc
+from tvm_nm.schedules.fetch_code import with_fetches
 from tvm_nm.schedules.generic import schedule_generic
 from tvm_nm.schedules.lane_conv import LANE_CONV_RULE
 from tvm_nm.schedules.machine import machine_of
@@ -69,10 +70,10 @@ def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: 
     """Return `func` scheduled with its template's default decisions.
 
     What has no template and no generic schedule either, such as a scatter written as raw loops, stays as it is; a
-    warning calls it `name`. What is scheduled already is returned as it is.
+    warning calls it `name`. What is scheduled already stays so.
     """
     if func.attrs.get("tirx.is_scheduled", False):
-        return func
+        return with_fetches(func, target)
     sch = s_tir.Schedule(func)
     try:
         found = _template_block(sch)
@@ -91,7 +92,7 @@ def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: 
 
 def _with_prefetches(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
     """Return a function whose marked loops prefetch."""
-    return stream_weights(add_prefetches(func, target), target)
+    return stream_weights(add_prefetches(with_fetches(func, target), target), target)
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_nm.ApplyDefaultSchedules")

@@ -49,11 +49,11 @@ from tvm_nm.schedules.chain_loops import (
     load,
     most_of,
     one_group,
-    prefetch,
     splat,
     store_vector,
     tiles,
 )
+from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["argument_shapes", "chain_prim_func"]
@@ -130,7 +130,7 @@ class _Code:
         if kernel.staged:
             self._emit_staged()
             return
-        with T.parallel(0, kernel.first.batch * kernel.bands) as task:
+        with T.parallel(0, kernel.first.batch * kernel.bands, annotations={FETCHES: 1}) as task:
             image, band = divided(task, kernel.bands, kernel.first.batch)
             source = self._source(image, band)
             padded = T.alloc_buffer((kernel.mixing.vectors * self._padded_plane,), "float32")
@@ -156,7 +156,7 @@ class _Code:
         if kernel.last is not None:
             hidden, base = T.alloc_buffer((kernel.first.batch * size,), "float32"), 0
         groups = -(-kernel.hidden_vectors // kernel.mixing.vectors)
-        with T.parallel(0, kernel.first.batch * kernel.bands * groups) as task:
+        with T.parallel(0, kernel.first.batch * kernel.bands * groups, annotations={FETCHES: 1}) as task:
             image, rest = divided(task, kernel.bands * groups, kernel.first.batch)
             band, group = divided(rest, groups, kernel.bands)
             source = self._source(image, band)
@@ -172,7 +172,7 @@ class _Code:
         if kernel.last is None:
             return
         groups = -(-kernel.out_vectors // kernel.last_mixing.vectors)
-        with T.parallel(0, kernel.first.batch * kernel.bands * groups) as task:
+        with T.parallel(0, kernel.first.batch * kernel.bands * groups, annotations={FETCHES: 1}) as task:
             image, rest = divided(task, kernel.bands * groups, kernel.first.batch)
             band, group = divided(rest, groups, kernel.bands)
             start = image * size + band * (kernel.rows * kernel.depthwise.out_width * self._lanes)
@@ -379,7 +379,7 @@ class _Code:
                 vectors = [T.Bind(load(weights, at + j * lanes, lanes)) for j in range(count)]
                 if ahead:
                     for j in range(count):
-                        prefetch(weights, at + j * lanes + _PREFETCH_BYTES // 4)
+                        T.add_to_parent(fetch(Fetch.READ, weights, [at + j * lanes + _PREFETCH_BYTES // 4]))
                 for p, scalar in enumerate(inputs(channel, *divmod(tap, work.kernel[1]))):
                     value = T.Bind(tirx.Broadcast(scalar, lanes))
                     for j in range(count):

@@ -21,7 +21,6 @@ __all__ = [
     "load",
     "most_of",
     "one_group",
-    "prefetch",
     "splat",
     "store_vector",
     "tiles",
@@ -123,13 +122,6 @@ def load(buffer: Any, at: Any, lanes: int) -> Any:
 def store_vector(buffer: Any, at: Any, value: Any, lanes: int) -> None:
     """Store a vector to a flat buffer."""
     T.buffer_store(buffer, value, [tirx.Ramp(at, 1, lanes)])
-
-
-def prefetch(buffer: Any, at: Any) -> None:
-    """Fetch what lies at a position of a flat buffer into L1."""
-    address = buffer.access_ptr("r", offset=at)
-    constants = (tirx.const(value, "int32") for value in (0, 3, 1))  # to be read, into L1, data
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, *constants))
 
 
 def add_to(sums: Any, register: int, product: Any, lanes: int) -> None:

@@ -17,7 +17,10 @@ from tvm import tirx
 
 from tvm_nm.schedules.machine import architecture_of
 
-__all__ = ["Fetch", "fetch", "fetch_code", "fetching_loop", "substitute", "unmarked_loop"]
+__all__ = ["FETCHES", "Fetch", "fetch", "fetch_code", "fetching_loop", "substitute", "unmarked_loop", "with_fetches"]
+
+FETCHES = "tvm_nm_fetches"
+"""Annotation of a loop that contains fetches already, written with the code."""
 
 
 class Fetch(Enum):
@@ -62,9 +65,31 @@ def fetch(kind: Fetch, buffer: Any, indices: Sequence[Any]) -> Any:
 
 def fetching_loop(loop: Any, annotation: str, fetches: Sequence[Any], code: str) -> Any:
     """Return a loop without an annotation of it, each of whose iterations begins with some fetches."""
-    body = tirx.SeqStmt([*fetches, loop.body])
+    body = tirx.SeqStmt([*fetches, loop.body]) if fetches else loop.body
     body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(code), body)
     return unmarked_loop(loop, annotation, body)
+
+
+def with_fetches(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
+    """Return a function whose loops marked with `FETCHES` fetch, or do not where the target has no instruction."""
+    code = fetch_code(target)
+    names = {kind.value for kind in Fetch}
+
+    def is_fetch(stmt: Any) -> bool:
+        arguments: Sequence[Any] = getattr(stmt.value, "args", ())
+        return len(arguments) == 2 and getattr(arguments[0], "value", None) in names
+
+    def visit(loop: Any) -> Any:
+        if FETCHES not in loop.annotations:
+            return loop
+        if code is not None:
+            return fetching_loop(loop, FETCHES, [], code)
+        nothing = tirx.Evaluate(tirx.const(0, "int32"))
+        body = tvm_ffi.structural_map(loop.body, (tirx.Evaluate, lambda stmt: nothing if is_fetch(stmt) else stmt))
+        return unmarked_loop(loop, FETCHES, body)
+
+    body = tvm_ffi.structural_map(func.body, (tirx.For, visit))
+    return tirx.PrimFunc(func.params, body, func.ret_type, func.attrs)
 
 
 def unmarked_loop(loop: Any, annotation: str, body: Any) -> Any:

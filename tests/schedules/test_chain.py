@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,12 +14,15 @@ from running import build, call, integers
 from test_conv import TARGETS
 from test_machine import fma_count, inner_loops, spills
 from test_tiling import AVX512
+from test_weight_stream import RISCV
 
+from tvm_nm.schedules.apply import schedule_function
 from tvm_nm.schedules.blocked_layout import blocked_layout_func
 from tvm_nm.schedules.chain import ChainKernel, Mixing, blocked_shape, chain_applies
 from tvm_nm.schedules.chain_code import argument_shapes, chain_prim_func
 from tvm_nm.schedules.chain_packing import channel_vectors, pack_depthwise, pack_mixing
 from tvm_nm.schedules.chain_tiling import chain_candidates, chain_cycles, choose_chain
+from tvm_nm.schedules.fetch_code import FETCHES, Fetch
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
 from tvm_nm.workload import ConvWorkload, Epilogue
 
@@ -232,11 +236,37 @@ def test_two_threads_have_tasks() -> None:
         assert kernel.staged or kernel.bands % 2 == 0
 
 
-@pytest.mark.parametrize("layers", [block(24, 56, 144, 1, 24), block(160, 7, 960, 1, 160, residual=True)])
-def test_sums_stay_in_registers(layers: Layers) -> None:
-    executable = build(chain_prim_func(choose_chain(layers, machine_of(SERVER), blocked_input=True)), SERVER)
+def in_bands(layers: Layers, rows: int) -> ChainKernel:
+    """Return the usual variant, but with bands of some rows."""
+    kernel = choose_chain(layers, machine_of(SERVER), blocked_input=True)
+    return replace(kernel, rows=rows, staged=False)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        choose_chain(block(24, 56, 144, 1, 24), machine_of(SERVER), blocked_input=True),
+        choose_chain(block(160, 7, 960, 1, 160, residual=True), machine_of(SERVER), blocked_input=True),
+        in_bands(block(96, 14, 576, 1, 96, residual=True), 7),  # its weights are fetched ahead
+    ],
+    ids=str,
+)
+def test_sums_stay_in_registers(kernel: ChainKernel) -> None:
+    executable = build(chain_prim_func(kernel), SERVER)
     # Of what is left of 7 rows, LLVM spills some: a tile of half the size.
     text = executable.mod.inspect_source("asm")
     loops = [loop for loop in inner_loops(text) if fma_count(loop, "zmm") >= 24]
     assert len(loops) >= 3
     assert not [loop for loop in loops if spills(loop)]
+    # Only the depthwise loops store, and a sum only once all its taps are added.
+    stores = re.compile(r"vmov[au]p[sd]\s+%zmm\d+, ")
+    assert not [loop for loop in loops if 9 * sum(map(bool, map(stores.match, loop))) > fma_count(loop, "zmm")]
+
+
+def test_weights_are_fetched_where_an_instruction_is_known() -> None:
+    func = chain_prim_func(in_bands(block(96, 14, 576, 1, 96), 7))
+    assert FETCHES in str(func)
+    for target, known in ((SERVER, True), (RISCV, False)):
+        scheduled = str(schedule_function(func, target))
+        assert FETCHES not in scheduled
+        assert (Fetch.READ.value in scheduled) is known

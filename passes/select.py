@@ -20,6 +20,8 @@ from tvm_nm.schedules.lane_packing import pack_lane_conv
 from tvm_nm.schedules.lane_tiling import lane_candidates, lane_cycles
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row, pack_conv
+from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.pair_packing import pack_pair_conv
 from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
 from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_cycles
 from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies
@@ -156,6 +158,8 @@ def _pack(kernel: Kernel, weights: Weights) -> PackedWeights:
         return pack_channel_conv(kernel, weights)
     if isinstance(kernel, LaneConvKernel):
         return pack_lane_conv(kernel, weights)
+    if isinstance(kernel, PairConvKernel):
+        return pack_pair_conv(kernel, weights)
     assert isinstance(kernel, ConvKernel)
     return pack_conv(kernel, weights)
 

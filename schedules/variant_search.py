@@ -17,6 +17,8 @@ from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.lane_conv import LaneConvKernel
 from tvm_nm.schedules.lane_tiling import lane_candidates, lane_cycles
 from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.pair_tiling import pair_candidates, pair_cycles
 from tvm_nm.schedules.tiling import (
     SCRATCH_BYTES,
     geometries_for,
@@ -34,6 +36,7 @@ from tvm_nm.schedules.variants import (
     divisors,
     lane_kernels,
     most_sums,
+    pair_kernels,
 )
 from tvm_nm.schedules.winograd import WinogradKernel
 from tvm_nm.schedules.winograd_tiling import winograd_candidates, winograd_cycles
@@ -73,7 +76,8 @@ def ranked_kernels(task: KernelTask, machine: Machine, limit: int) -> list[Kerne
             count[layout_of] = count.get(layout_of, 0) + 1
             chosen.append(kernel)
     # The families' models are not calibrated with each other: all are tried early.
-    others = [*channel_kernels(task, machine)[:_OF_CHANNELS], *lane_kernels(task, machine)[:_OF_CHANNELS]]
+    families = (channel_kernels, lane_kernels, pair_kernels)
+    others = [kernel for family in families for kernel in family(task, machine)[:_OF_CHANNELS]]
     return [*chosen[:1], *_alternate([kernel for kernel in others if kernel not in chosen], chosen[1:])][:limit]
 
 
@@ -104,6 +108,10 @@ def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
         lanes = lane_candidates(kernel.workload, machine, kernel.per_vector)
         ordered_lanes = sorted(lanes, key=lambda k: lane_cycles(k, machine))
         return list[Kernel](k for k in ordered_lanes if _tile_differences(k, kernel) == 1)[:_OF_CHANNELS]
+    if isinstance(kernel, PairConvKernel):
+        pairs = pair_candidates(kernel.workload, machine, kernel.of_group, kernel.group)
+        ordered_pairs = sorted(pairs, key=lambda k: pair_cycles(k, machine))
+        return list[Kernel](k for k in ordered_pairs if _pair_differences(k, kernel) == 1)[:_OF_CHANNELS]
     found = {*_decisions(kernel), *_chunk_steps(kernel, machine), *_tile_steps(kernel, machine)} - {kernel}
     ordered = sorted((k for k in found if _is_valid(k, machine)), key=predicted_cycles)
     return list(ordered)
@@ -130,6 +138,11 @@ def _differences(one: WinogradKernel, other: WinogradKernel) -> int:
 
 def _tile_differences(one: ChannelConvKernel | LaneConvKernel, other: ChannelConvKernel | LaneConvKernel) -> int:
     return sum(getattr(one, name) != getattr(other, name) for name in ("vectors", "tile_rows", "tile_columns"))
+
+
+def _pair_differences(one: PairConvKernel, other: PairConvKernel) -> int:
+    """Count the choices in which two kernels differ; the task follows from the tile."""
+    return sum(getattr(one, name) != getattr(other, name) for name in ("tile_pixels", "channels_per_block"))
 
 
 def _channel_steps(kernel: ChannelConvKernel, machine: Machine) -> list[Kernel]:

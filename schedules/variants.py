@@ -27,6 +27,9 @@ from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.lane_conv import LaneConvKernel, lane_conv_prim_func
 from tvm_nm.schedules.lane_tiling import lane_candidates, lane_cycles
 from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.pair_code import pair_conv_prim_func
+from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.pair_tiling import pair_candidates, pair_cycles
 from tvm_nm.schedules.tiling import (
     SCRATCH_BYTES,
     choose_kernel,
@@ -48,10 +51,13 @@ __all__ = [
     "kernel_prim_func",
     "lane_kernels",
     "most_sums",
+    "pair_kernels",
     "variant_text",
 ]
 
-Kernel: TypeAlias = ConvKernel | ChannelConvKernel | LaneConvKernel | FcKernel | WinogradKernel | ChainKernel
+Kernel: TypeAlias = (
+    ConvKernel | ChannelConvKernel | LaneConvKernel | PairConvKernel | FcKernel | WinogradKernel | ChainKernel
+)
 
 # A family other than the usual one must be predicted to be this much faster: the model's error is of this order.
 _OTHER_FAMILY = 0.95
@@ -61,6 +67,7 @@ _PIXEL = re.compile(
     r"(?P<copies> copies)? rows (?P<rows>\d+) task (?P<task>\d+)(?: cut (?P<cut>\d+))?"
 )
 _LANE = re.compile(r"lane (?P<vectors>\d+) tile (?P<rows>\d+)x(?P<columns>\d+)")
+_PAIR = re.compile(r"pair tile (?P<pixels>\d+) block (?P<block>\d+) task (?P<task>\d+)")
 _CHANNEL = re.compile(r"channel (?P<vectors>\d+) tile (?P<rows>\d+)x(?P<columns>\d+)")
 _WINOGRAD = re.compile(
     r"winograd (?P<tile>\d+) step (?P<step>\d+)x(?P<vectors>\d+)"
@@ -83,7 +90,11 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
             pixels = choose_kernel(work, machine)
         else:
             pixels = choose_kernel(work, machine, block=task.block, index=task.index, kept=task.kept)
-        others = channel_kernels(task, machine)[:1] + lane_kernels(task, machine)[:1]
+        others = [
+            *channel_kernels(task, machine)[:1],
+            *lane_kernels(task, machine)[:1],
+            *pair_kernels(task, machine)[:1],
+        ]
         best = min(others, key=lambda kernel: kernel_cycles(kernel, machine), default=None)
         if best is not None and kernel_cycles(best, machine) < _OTHER_FAMILY * predicted_cycles(pixels):
             return best
@@ -104,6 +115,8 @@ def kernel_cycles(kernel: Kernel, machine: Machine) -> float:
         return channel_cycles(kernel, machine)
     if isinstance(kernel, LaneConvKernel):
         return lane_cycles(kernel, machine)
+    if isinstance(kernel, PairConvKernel):
+        return pair_cycles(kernel, machine)
     assert isinstance(kernel, ConvKernel)  # of fully connected layers, bytes decide
     return predicted_cycles(kernel)
 
@@ -129,6 +142,15 @@ def lane_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
     return list[Kernel](found)
 
 
+def pair_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
+    """Return the channel-pair variants of an N:M convolution, by their predicted time; none where it does not fit."""
+    if task.block != 1 or not task.group:
+        return []
+    found = pair_candidates(task.workload, machine, task.of_group, task.group)
+    found.sort(key=lambda kernel: pair_cycles(kernel, machine))
+    return list[Kernel](found)
+
+
 def channel_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
     """Return the channel-vector variants of a direct convolution, by their predicted time."""
     if task.index is IndexKind.NONE:
@@ -142,7 +164,7 @@ def channel_kernels(task: KernelTask, machine: Machine) -> list[Kernel]:
 
 
 def kernel_prim_func(kernel: Kernel) -> tvm.tirx.PrimFunc:
-    """Return the PrimFunc of a variant of any family, which is not scheduled unless it is a chain's."""
+    """Return the PrimFunc of a variant of any family, scheduled already if it is a chain's or of pairs."""
     if isinstance(kernel, ChainKernel):
         return chain_prim_func(kernel)
     if isinstance(kernel, WinogradKernel):
@@ -151,6 +173,8 @@ def kernel_prim_func(kernel: Kernel) -> tvm.tirx.PrimFunc:
         return channel_conv_prim_func(kernel)
     if isinstance(kernel, LaneConvKernel):
         return lane_conv_prim_func(kernel)
+    if isinstance(kernel, PairConvKernel):
+        return pair_conv_prim_func(kernel)
     return conv_prim_func(kernel) if isinstance(kernel, ConvKernel) else fc_prim_func(kernel)
 
 
@@ -167,6 +191,8 @@ def variant_text(kernel: Kernel) -> str:
         return f"channel {kernel.vectors} tile {kernel.tile_rows}x{kernel.tile_columns}"
     if isinstance(kernel, LaneConvKernel):
         return f"lane {kernel.vectors} tile {kernel.tile_rows}x{kernel.tile_columns}"
+    if isinstance(kernel, PairConvKernel):
+        return f"pair tile {kernel.tile_pixels} block {kernel.channels_per_block} task {kernel.pairs_per_task}"
     geometry = kernel.geometry
     text = f"pixel {kernel.oc_tile}x{kernel.vectors_per_tile} {geometry.copy.value}"
     text += f" pitch {geometry.pitch}{' copies' if geometry.column_copies else ''} rows {geometry.rows_per_chunk}"
@@ -195,6 +221,8 @@ def kernel_from_text(text: str, task: KernelTask, machine: Machine) -> Kernel:
         return _one_of(channel_kernels(task, machine), _CHANNEL, text, task)
     if text.startswith("lane"):
         return _one_of(lane_kernels(task, machine), _LANE, text, task)
+    if text.startswith("pair"):
+        return _one_of(pair_kernels(task, machine), _PAIR, text, task)
     found = _PIXEL.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r:.100} is no variant of a convolution")

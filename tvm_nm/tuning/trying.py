@@ -36,6 +36,8 @@ from tvm_nm.schedules.lane_conv import LaneConvKernel
 from tvm_nm.schedules.lane_packing import random_lanes
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
 from tvm_nm.schedules.packing import random_index_table
+from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.pair_packing import random_pairs
 from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_from_text, kernel_prim_func
 from tvm_nm.schedules.winograd import WinogradKernel
 
@@ -185,7 +187,7 @@ def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any,
     out: tuple[int, ...]
     data: tuple[int, ...]
     weight: tuple[int, ...]
-    if isinstance(kernel, (ConvKernel, ChannelConvKernel, LaneConvKernel, WinogradKernel)):
+    if isinstance(kernel, (ConvKernel, ChannelConvKernel, LaneConvKernel, PairConvKernel, WinogradKernel)):
         work = kernel.workload
         out, data, weight = work.output_shape, work.input_shape, kernel.weight_shape
         table = None
@@ -195,6 +197,8 @@ def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any,
             table = random_positions(kernel, rng)
         if isinstance(kernel, LaneConvKernel):
             table = random_lanes(kernel, rng)
+        if isinstance(kernel, PairConvKernel):
+            table = random_pairs(kernel, rng)
         residual, channels = work.epilogue.residual, work.out_channels
     else:
         out, data = (kernel.batch, kernel.out_features), (kernel.batch, kernel.in_features)

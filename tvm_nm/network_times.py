@@ -2,7 +2,7 @@
 
 Other processes and other guests of the machine make a run slower, never faster, and they slow sparse and dense kernels
 by different factors: medians of a busy minute say little about a quiet one. So networks take turns with few runs each,
-every run is timed by itself, and what counts is the fastest quarter of each network's runs.
+every run is timed by itself, and what counts is the fastest tenth of each network's runs.
 
 Layers are timed in other runs than the whole, with a clock between the calls. What they lack to the whole is more than
 a fixed time: weights that do not fit into the caches beside each other drive out what the calls in between need, the
@@ -26,13 +26,17 @@ from tvm_nm.layer_report import LayerReport
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel
 
-__all__ = ["NetworkTimes", "fastest_quarter", "layer_calls", "spread_rest", "time_networks"]
+__all__ = ["NetworkTimes", "fastest_tenth", "layer_calls", "spread_rest", "time_networks"]
 
 _MIN_ROUNDS = 7
-_BLOCK_US = 5_000.0
-_MAX_RUNS = 4
+_BLOCK_US = 15_000.0
+_MAX_RUNS = 12
+"""A network takes several runs until all that it needs is back in the caches after the others' turns."""
 _LEAST_RUNS = 3
-"""Runs to average at least, where a quarter is less."""
+"""Runs to average at least, where a tenth is less."""
+_PATIENCE = 4
+"""How many times as long to measure, at most, while the machine is evidently busy."""
+_BUSY = 1.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ class NetworkTimes:
     layers_us: NDArray[np.float64]
 
 
-def time_networks(models: Sequence[CompiledModel], seconds: float) -> tuple[NetworkTimes, ...]:
+def time_networks(
+    models: Sequence[CompiledModel], seconds: float, *, known_us: float | None = None
+) -> tuple[NetworkTimes, ...]:
     """Measure networks in turns.
 
     Parameters
@@ -60,10 +66,20 @@ def time_networks(models: Sequence[CompiledModel], seconds: float) -> tuple[Netw
         The networks, for the same inputs.
     seconds
         How long, at least; a few rounds are made in any case.
+    known_us
+        Time of the first network on this machine, if that is known: while it takes evidently longer, the machine is
+        busy, and measuring goes on up to 4 times as long.
     """
     contestants = [_Contestant(model) for model in models]
     start, rounds = time.perf_counter(), 0
-    while rounds < _MIN_ROUNDS or time.perf_counter() - start < seconds:
+
+    def enough() -> bool:
+        elapsed = time.perf_counter() - start
+        if rounds < _MIN_ROUNDS or elapsed < seconds:
+            return False
+        return known_us is None or elapsed >= _PATIENCE * seconds or contestants[0].total_us() <= _BUSY * known_us
+
+    while not enough():
         first = rounds % len(contestants)
         for contestant in contestants[first:] + contestants[:first]:
             contestant.block()
@@ -71,8 +87,8 @@ def time_networks(models: Sequence[CompiledModel], seconds: float) -> tuple[Netw
     return tuple(contestant.times() for contestant in contestants)
 
 
-def fastest_quarter(samples: ArrayLike, keys: ArrayLike) -> NDArray[np.float64]:
-    """Return the mean of those samples whose keys are the smallest quarter, at least three.
+def fastest_tenth(samples: ArrayLike, keys: ArrayLike) -> NDArray[np.float64]:
+    """Return the mean of those samples whose keys are the smallest tenth, at least three.
 
     Parameters
     ----------
@@ -82,7 +98,7 @@ def fastest_quarter(samples: ArrayLike, keys: ArrayLike) -> NDArray[np.float64]:
         (runs,): what is small in runs that nothing disturbed.
     """
     order = np.argsort(np.asarray(keys), kind="stable")
-    chosen = np.asarray(samples, dtype=np.float64)[order[: max(_LEAST_RUNS, len(order) // 4)]]
+    chosen = np.asarray(samples, dtype=np.float64)[order[: max(_LEAST_RUNS, len(order) // 10)]]
     mean: NDArray[np.float64] = chosen.mean(axis=0)
     return mean
 
@@ -175,5 +191,8 @@ class _Contestant:
     def times(self) -> NetworkTimes:
         calls = np.array(self._layers)
         layers = np.zeros(len(self._model.layers))
-        layers[self._places] = fastest_quarter(calls[:, self._calls], calls.sum(axis=1))
-        return NetworkTimes(float(fastest_quarter(self._totals, self._totals)), layers)
+        layers[self._places] = fastest_tenth(calls[:, self._calls], calls.sum(axis=1))
+        return NetworkTimes(self.total_us(), layers)
+
+    def total_us(self) -> float:
+        return float(fastest_tenth(self._totals, self._totals))

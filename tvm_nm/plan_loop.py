@@ -159,7 +159,7 @@ def close_loop(
         step(f"building plan {number + 1}")
         model = build_plan(imported, plan, target, directory / f"plan{number + 1}", tuned)
         step(f"measuring plan {number + 1} in turns with the dense network")
-        measured = _measure(dense, model, seconds)
+        measured = _measure(dense, model, seconds, dense_us)
         done.append(LoopRound(plan, predicted / dense_us, measured.share, measured.dense_us / 1e3))
         table = _corrected(table, plan, measured, dense_us)
         share = budget_us / dense_us
@@ -204,8 +204,8 @@ def _solve(planner: Planner, budget_us: float) -> Solution:
     return planner.solve(max(budget_us, planner.least_us))
 
 
-def _measure(dense: CompiledModel, planned: CompiledModel, seconds: float) -> _Measured:
-    whole, found = time_networks((dense, planned), seconds)
+def _measure(dense: CompiledModel, planned: CompiledModel, seconds: float, dense_us: float) -> _Measured:
+    whole, found = time_networks((dense, planned), seconds, known_us=dense_us)
     names = [layer.name for layer in planned.layers]
     return _Measured(
         whole.total_us,

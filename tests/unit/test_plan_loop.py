@@ -53,7 +53,8 @@ class Machine:
         sparse = any(not choice.pattern.fixed_density for choice in plan.layers)
         return self.costs.fixed_us + sum(time for _, time in self.times(plan)) + self.overhead * sparse
 
-    def measure(self, dense: Plan, planned: Plan, _seconds: float) -> Any:
+    def measure(self, dense: Plan, planned: Plan, _seconds: float, known_us: float) -> Any:
+        assert known_us == self.costs.dense_us
         pace = 1.7  # the machine is slower than when the table was made
         return plan_loop._Measured(
             self.whole(dense) * pace,

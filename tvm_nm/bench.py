@@ -320,15 +320,11 @@ def profile_layers(model: CompiledModel, *, runs: int = 10) -> tuple[LayerTime, 
         found = timer.run(warm=False)
         samples += [found] if number else []
     medians_us = np.median(np.concatenate(samples), axis=0)
-    chains: dict[str, list[LayerReport]] = {}
-    for report in model.layers:
-        chains.setdefault(report.chain or report.name, []).append(report)
     layers: list[LayerTime] = []
     rest: dict[str, tuple[int, float]] = {}
-    for name, layer, time_us in zip(timer.names, calls, medians_us.tolist(), strict=True):
-        if layer is not None:
-            whole = _whole(chains[layer.name])
-            layers.append(LayerTime(layer.name, whole, 1, time_us, statistics.median(peaks)))
+    for name, chain, time_us in zip(timer.names, calls, medians_us.tolist(), strict=True):
+        if chain:
+            layers.append(LayerTime(chain[0].name, _whole(chain), 1, time_us, statistics.median(peaks)))
         else:
             group = "other" if name.startswith("vm.builtin.") else name
             count, total = rest.get(group, (0, 0.0))

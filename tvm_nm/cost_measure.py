@@ -40,7 +40,7 @@ __all__ = ["DEFAULT_DENSITIES", "DEFAULT_PATTERNS", "TEMPLATE_REVISION", "Candid
 DEFAULT_PATTERNS = ("1x4p", "1x16p")
 """Blocks by position: at the same density they lose less accuracy than whole kernels and cost the same."""
 DEFAULT_DENSITIES = (0.75, 0.625, 0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.09375, 0.0625)
-_ANCHORS = (0.75, 0.5, 0.25, 0.125, 0.0625)
+_ANCHORS = (0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def build_plan(
     """Prune and build a model that is imported already, unverified, into a new directory, to be measured."""
     directory.mkdir()
     module, _ = prune_by_plan(imported.module, plan)
-    built = build_executable(module, target, always_sparse=True, tuned=tuned, chains=False)
+    built = build_executable(module, target, always_sparse=True, tuned=tuned)
     del module
     manifest = write_library(imported, model_sha256(imported), built, target, directory)
     del built

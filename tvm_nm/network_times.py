@@ -48,7 +48,8 @@ class NetworkTimes:
     total_us
         One call, from NumPy arrays to NumPy arrays.
     layers_us
-        Its layers, as in the model's `layers`; several that one call computes count with the first.
+        Its layers, as in the model's `layers`; several that one call computes share its time by the
+        multiply-accumulates that they execute.
     """
 
     total_us: float
@@ -127,8 +128,8 @@ def spread_rest(
     return layers + (rest - fixed)[:, None] * shares, fixed
 
 
-def layer_calls(model: CompiledModel, names: Sequence[str]) -> list[LayerReport | None]:
-    """Say which layer each call of an inference computes.
+def layer_calls(model: CompiledModel, names: Sequence[str]) -> list[tuple[LayerReport, ...]]:
+    """Say which layers each call of an inference computes.
 
     Parameters
     ----------
@@ -139,7 +140,7 @@ def layer_calls(model: CompiledModel, names: Sequence[str]) -> list[LayerReport 
 
     Returns
     -------
-    For each call its layer, of several that it computes the first; None for calls that compute none.
+    For each call its layer, or the layers of its chain; nothing for calls that compute none.
 
     Raises
     ------
@@ -148,17 +149,17 @@ def layer_calls(model: CompiledModel, names: Sequence[str]) -> list[LayerReport 
     """
     functions = {layer.function for layer in model.layers}
     pending = list(model.layers)
-    found: list[LayerReport | None] = []
+    found: list[tuple[LayerReport, ...]] = []
     for name in names:
         if name not in functions:
-            found.append(None)
+            found.append(())
             continue
         if not pending or pending[0].function != name:
             raise ArtifactError(f"{model.directory}: the library calls {name} where its manifest has another layer")
-        layer = pending.pop(0)
-        while pending and pending[0].chain == layer.name:
-            pending.pop(0)
-        found.append(layer)
+        chain = [pending.pop(0)]
+        while pending and pending[0].chain == chain[0].name:
+            chain.append(pending.pop(0))
+        found.append(tuple(chain))
     return found
 
 
@@ -167,10 +168,10 @@ class _Contestant:
         self._model = model
         self._inputs = random_inputs(model.inputs)
         self._timer = CallTimer(model)
-        order = {layer.name: index for index, layer in enumerate(model.layers)}
-        calls = [(index, layer) for index, layer in enumerate(layer_calls(model, self._timer.names)) if layer]
-        self._calls = [index for index, _ in calls]
-        self._places = [order[layer.name] for _, layer in calls]
+        calls = enumerate(layer_calls(model, self._timer.names))
+        parts = [(call, share) for call, chain in calls for share in _shares(chain)]
+        self._calls = [call for call, _ in parts]
+        self._shares = np.array([share for _, share in parts])
         model(self._inputs)
         begin = time.perf_counter()
         model(self._inputs)
@@ -190,9 +191,13 @@ class _Contestant:
 
     def times(self) -> NetworkTimes:
         calls = np.array(self._layers)
-        layers = np.zeros(len(self._model.layers))
-        layers[self._places] = fastest_tenth(calls[:, self._calls], calls.sum(axis=1))
+        layers = fastest_tenth(calls[:, self._calls], calls.sum(axis=1)) * self._shares
         return NetworkTimes(self.total_us(), layers)
 
     def total_us(self) -> float:
         return float(fastest_tenth(self._totals, self._totals))
+
+
+def _shares(chain: Sequence[LayerReport]) -> list[float]:
+    macs = [max(1, layer.kept_macs) for layer in chain]
+    return [part / sum(macs) for part in macs]

@@ -64,7 +64,7 @@ def test_nothing_to_prune_is_an_error() -> None:
 
 def test_grids() -> None:
     usual = CandidateGrid.make()
-    assert usual.measured == (0.75, 0.5, 0.25, 0.125, 0.0625)
+    assert usual.measured == (0.75, 0.5, 0.375, 0.25, 0.125, 0.0625)
     assert set(usual.measured) < set(usual.densities)
     odd = CandidateGrid.make(["1x4", "dense", "1x4", "1:3"], [0.1, 0.3, 0.2, 0.7])
     assert odd.patterns == (OneByN(4), NM(1, 3))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,13 +57,28 @@ def test_networks_are_measured_in_turns(model: CompiledModel) -> None:
         assert found.layers_us.sum() < 1.5 * found.total_us
 
 
-def test_chains_count_with_their_first_layer(model: CompiledModel) -> None:
+def test_a_chain_is_one_call(model: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, *others = model.layers
-    chained = dataclasses.replace(second, chain=first.name, function=first.function)
+    first = dataclasses.replace(first, kept_macs=300)
+    chained = dataclasses.replace(second, chain=first.name, function=first.function, kept_macs=100)
     manifest = dataclasses.replace(model.manifest, layers=(first, chained, *others))
-    joined = CompiledModel(Path("x"), manifest)
-    calls = layer_calls(joined, ["a", first.function, *(layer.function for layer in others)])
-    assert calls == [None, first, *others]
+    joined = CompiledModel(model.directory, manifest)
+    functions = ["a", first.function, *(layer.function for layer in others)]
+    assert layer_calls(joined, functions) == [(), (first, chained), *((layer,) for layer in others)]
+
+    class Timer:
+        names = tuple(functions)
+
+        def __init__(self, _model: CompiledModel) -> None:
+            pass
+
+        def run(self, runs: int, *, warm: bool) -> Any:
+            assert warm
+            return np.tile([7.0, 20.0, *[5.0] * len(others)], (runs, 1))
+
+    monkeypatch.setattr(network_times, "CallTimer", Timer)
+    (found,) = time_networks((joined,), 0.0)
+    assert found.layers_us == pytest.approx([15.0, 5.0, *[5.0] * len(others)])
 
 
 def test_disturbed_runs_do_not_count() -> None:

@@ -57,11 +57,16 @@ class WinogradKernel:
     staged
         Whether each stage runs over all tiles, in parallel over channels and frequencies, before the next begins: for
         maps of few tiles. Otherwise chunks are the parallel tasks.
+    block
+        Output channels that share their kept input channels, a multiple of `oc_vectors * lanes`; 0 for dense.
+    kept
+        Input channels that a block row keeps; 0 for dense.
 
     Raises
     ------
     ValueError
-        If the workload is not of the family, or it is staged with several chunks.
+        If the workload is not of the family, it is staged with several chunks, or block rows are no whole register
+        tiles.
     """
 
     workload: ConvWorkload
@@ -72,12 +77,16 @@ class WinogradKernel:
     oc_vectors: int
     tiles_per_step: int
     staged: bool
+    block: int = 0
+    kept: int = 0
 
     def __post_init__(self) -> None:
         if not winograd_applies(self.workload):
             raise ValueError(f"Winograd kernels are for 3x3, stride 1, no groups: {self.workload}")
         if self.staged and (self.row_chunks > 1 or self.column_chunks > 1):
             raise ValueError("a staged kernel has one chunk")
+        if (self.block > 0) != (self.kept > 0) or self.block % (self.oc_vectors * self.lanes):
+            raise ValueError(f"block rows of {self.block} channels are no whole register tiles: {self!r}")
 
     @property
     def size(self) -> int:
@@ -120,41 +129,94 @@ class WinogradKernel:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the packed weights: (blocks, m + 2, m + 2, IC, vectors, lanes)."""
-        return (self.oc_blocks, self.size, self.size, self.workload.in_channels, self.oc_vectors, self.lanes)
+        """Shape of the packed weights: (blocks, m + 2, m + 2, reduction, vectors, lanes)."""
+        return (self.oc_blocks, self.size, self.size, self.reduction, self.oc_vectors, self.lanes)
+
+    @property
+    def index_shape(self) -> tuple[int, int] | None:
+        """Shape of the table of input channels: (block rows, kept); None for dense."""
+        return (-(-self.workload.out_channels // self.block), self.kept) if self.block else None
+
+    @property
+    def index_dtype(self) -> str:
+        """Integer type of the table; entries are read modulo a power of two, which must not be its whole range."""
+        return (
+            "uint8"
+            if self.workload.in_channels <= 1 << 7
+            else "uint16"
+            if self.workload.in_channels <= 1 << 15
+            else "int32"
+        )
+
+    @property
+    def reduction(self) -> int:
+        """Input channels that a sum adds up."""
+        return self.kept or self.workload.in_channels
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the matrix products on wanted tiles and channels."""
         work = self.workload
         tiles = work.batch * self.tile_rows * self.tile_columns
-        return tiles * self.size**2 * work.in_channels * work.out_channels
+        return tiles * self.size**2 * self.reduction * work.out_channels
 
     def __str__(self) -> str:
         place = "staged" if self.staged else f"{self.chunk_rows}x{self.chunk_columns} tiles"
-        return f"winograd {self.tile}x{self.tile}, {self.tiles_per_step}x{self.oc_vectors} {place}"
+        how = "channel " if self.block else ""
+        return f"winograd {self.tile}x{self.tile}, {self.tiles_per_step}x{self.oc_vectors} {how}{place}"
 
 
 def pack_winograd(kernel: WinogradKernel, weights: npt.NDArray[np.float32]) -> PackedWeights:
-    """Transform weights (OC, IC, 3, 3) and pack them into `WinogradKernel.weight_shape`."""
-    transformed = transform_weights(weights, kernel.tile)
-    blocks, size, _, channels, vectors, lanes = kernel.weight_shape
-    filled = np.zeros((size, size, blocks * vectors * lanes, channels), np.float32)
-    filled[:, :, : weights.shape[0]] = transformed
-    split = filled.reshape(size, size, blocks, vectors, lanes, channels)
-    return PackedWeights(np.ascontiguousarray(split.transpose(2, 0, 1, 5, 3, 4)), None)
+    """Transform weights (OC, IC, 3, 3) and pack them into `WinogradKernel.weight_shape`, with the table of channels.
+
+    Raises
+    ------
+    ValueError
+        If a block row keeps more input channels than `kernel.kept`.
+    """
+    if not kernel.block:
+        return PackedWeights(_packed(kernel, transform_weights(weights, kernel.tile)), None)
+    rows, kept_channels = -(-weights.shape[0] // kernel.block), weights.shape[1]
+    filled = np.zeros((rows * kernel.block, *weights.shape[1:]), np.float32)
+    filled[: weights.shape[0]] = weights
+    kept = (filled.reshape(rows, kernel.block, kept_channels, -1) != 0).any(axis=(1, 3))
+    if kept.sum(axis=1).max(initial=0) > kernel.kept:
+        raise ValueError(f"a block row keeps {kept.sum(axis=1).max()} inputs, the kernel was made for {kernel.kept}")
+    # Kept channels first, in order; a short row goes on with dropped ones, whose weights are zero.
+    table = np.sort(np.argsort(~kept, axis=1, kind="stable")[:, : kernel.kept], axis=1)
+    taken = np.take_along_axis(filled, np.repeat(table, kernel.block, axis=0)[:, :, None, None], axis=1)
+    return PackedWeights(_packed(kernel, transform_weights(taken, kernel.tile)), table.astype(kernel.index_dtype))
+
+
+def _packed(kernel: WinogradKernel, transformed: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Bring transformed weights (m + 2, m + 2, OC, reduction) into `WinogradKernel.weight_shape`."""
+    blocks, size, _, reduction, vectors, lanes = kernel.weight_shape
+    channels = min(transformed.shape[2], blocks * vectors * lanes)
+    filled = np.zeros((size, size, blocks * vectors * lanes, reduction), np.float32)
+    filled[:, :, :channels] = transformed[:, :, :channels]
+    split = filled.reshape(size, size, blocks, vectors, lanes, reduction)
+    return np.ascontiguousarray(split.transpose(2, 0, 1, 5, 3, 4))
+
+
+def random_channels(kernel: WinogradKernel, rng: np.random.Generator) -> npt.NDArray[np.integer] | None:
+    """Return a table as `pack_winograd` makes it from weights of a random mask; None for a dense kernel."""
+    if kernel.index_shape is None:
+        return None
+    rows, kept = kernel.index_shape
+    table = [np.sort(rng.permutation(kernel.workload.in_channels)[:kept]) for _ in range(rows)]
+    return np.stack(table).astype(kernel.index_dtype)
 
 
 @lru_cache(maxsize=256)
 def winograd_prim_func(kernel: WinogradKernel) -> tvm.tirx.PrimFunc:
     """Return the unscheduled PrimFunc of a kernel variant.
 
-    Its arguments, all float32: data (N, C, H, W); packed weights (`WinogradKernel.weight_shape`); bias (OC,); the
-    residual (N, OC, OH, OW) if the epilogue adds one; the output (N, OC, OH, OW).
+    Its arguments are those of `conv.conv_prim_func`, with the weights as `WinogradKernel.weight_shape` and the table as
+    `WinogradKernel.index_shape`.
     """
-    arguments = ConvArguments.of(kernel.workload, kernel.weight_shape)
+    arguments = ConvArguments.of(kernel.workload, kernel.weight_shape, kernel.index_shape, kernel.index_dtype)
     frequencies = _input_transform(kernel, _channel_vectors(kernel, arguments.data))
-    tiles = _output_transform(kernel, _products(kernel, frequencies, arguments.weight))
+    tiles = _output_transform(kernel, _products(kernel, frequencies, arguments.weight, arguments.index))
     return arguments.func(_store(kernel, tiles, arguments.bias, arguments.residual))
 
 
@@ -196,13 +258,21 @@ def _input_transform(kernel: WinogradKernel, pixels: te.Tensor) -> te.Tensor:
     return te.compute((*outer, size, size, tiles, kernel.ic_vectors, lanes), by_columns, name="frequencies")
 
 
-def _products(kernel: WinogradKernel, frequencies: te.Tensor, weight: te.Tensor) -> te.Tensor:
+def _products(kernel: WinogradKernel, frequencies: te.Tensor, weight: te.Tensor, index: te.Tensor | None) -> te.Tensor:
     """Return the sums over input channels: (batch, chunk row, chunk column, block, i, j, tile, vector, lane)."""
     work, lanes = kernel.workload, kernel.lanes
-    ic = te.reduce_axis((0, work.in_channels), name="ic")
+    ic = te.reduce_axis((0, kernel.reduction), name="ic")
+
+    def channel_of(block: Any) -> Any:
+        if index is None:
+            return ic
+        row = tirx.indexdiv(block * (kernel.oc_vectors * lanes), kernel.block)
+        # A remainder tells TVM's region analysis what a table may hold.
+        return tirx.indexmod(index[row, ic].astype("int32"), 1 << (work.in_channels - 1).bit_length())
 
     def product(n: Any, cy: Any, cx: Any, block: Any, i: Any, j: Any, t: Any, vector: Any, lane: Any) -> Any:
-        x = frequencies[n, cy, cx, i, j, t, tirx.indexdiv(ic, lanes), tirx.indexmod(ic, lanes)]
+        channel = channel_of(block)
+        x = frequencies[n, cy, cx, i, j, t, tirx.indexdiv(channel, lanes), tirx.indexmod(channel, lanes)]
         return te.sum(x * weight[block, i, j, ic, vector, lane], axis=[ic])
 
     shape = (

@@ -23,9 +23,8 @@ from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row, pack_con
 from tvm_nm.schedules.pair_conv import PairConvKernel
 from tvm_nm.schedules.pair_packing import pack_pair_conv
 from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
-from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_cycles
-from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies
-from tvm_nm.schedules.winograd_tiling import choose_winograd
+from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_cycles, winograd_fits
+from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 __all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload", "index_kind", "nm_of", "sparse_task"]
@@ -80,7 +79,8 @@ def choose_conv(
 ) -> Choice:
     """Choose a convolution's kernel.
 
-    A sparse kernel competes with the better of the direct and the Winograd kernel.
+    A sparse kernel competes with the better of the direct and the Winograd kernel; where whole kernels were dropped, it
+    is the better of a direct and a Winograd kernel itself.
 
     Parameters
     ----------
@@ -100,12 +100,12 @@ def choose_conv(
         Tuned variants, which replace the default ones; where it knows the times of both kernels, they decide.
     """
     work = conv_workload(layer, epilogue)
-    dense = _dense_conv(work, machine, tuned, winograd=winograd)
+    dense = _best_option(KernelTask("conv", work, machine.threads), machine, tuned, winograd=winograd)
     detection = detect_pattern(weights != 0, work.groups)
     task = sparse_task(work, weights, detection.pattern, machine)
     note = _why_dense(detection)
     if task is not None:
-        sparse = _option(task, machine, tuned)
+        sparse = _best_option(task, machine, tuned, winograd=winograd)
         ratio, measured = sparse.compared_with(dense)
         if ratio < (1 if measured else _CONV_WORTHWHILE) or always_sparse:
             packed = _pack(sparse.kernel, weights)
@@ -240,14 +240,13 @@ def _why_dense(detection: Detection) -> str:
     return "" if detection.density > _STRAY_ZEROS else detection.reason
 
 
-def _dense_conv(work: ConvWorkload, machine: Machine, tuned: TunedKernels | None, *, winograd: bool) -> _Option:
-    """Return the best dense kernel.
+def _best_option(task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, winograd: bool) -> _Option:
+    """Return a task's best kernel, direct or Winograd.
 
     Winograd's weights are 1.8 to 4 times as large and its rounding errors larger: a small gain is not worth them.
     """
-    task = KernelTask("conv", work, machine.threads)
     direct = _option(task, machine, tuned)
-    if winograd and winograd_applies(work) and choose_winograd(work, machine) is not None:
+    if winograd and winograd_fits(task, machine):
         transformed = _option(task.as_winograd, machine, tuned)
         if transformed.compared_with(direct)[0] < _CONV_WORTHWHILE:
             return transformed

@@ -25,8 +25,8 @@ _LAYER = re.compile(
 )
 _TASK = re.compile(
     r"(?P<kind>conv|fc) (?P<layer>[^;]*)"
-    r"; (?:dense|(?P<winograd>winograd)|1x(?P<block>\d+) (?P<index>channel|position) (?P<kept>\d+)"
-    r"(?: (?P<of_group>\d+) of (?P<group>\d+))?)"
+    r"; (?!;)(?:dense|(?P<winograd>winograd(?:(?=;)| (?=1x)))?"
+    r"(?:1x(?P<block>\d+) (?P<index>channel|position) (?P<kept>\d+)(?: (?P<of_group>\d+) of (?P<group>\d+))?)?)"
     r"; (?P<threads>\d+) threads?"
 )
 _KEPT = r"(?:dense|1x(?P<block{0}>\d+) channel (?P<kept{0}>\d+))"
@@ -88,7 +88,8 @@ class KernelTask:
         For N:M, N and M: every output channel keeps at most N of each M consecutive input channels of its group, at
         each kernel position. 0 where nothing is known of that.
     winograd
-        Whether it is computed by Winograd's algorithm: a task of its own, since who builds may not want that.
+        Whether it is computed by Winograd's algorithm, which needs whole kernels: a task of its own, since who builds
+        may not want that.
     links
         The rest of a chain.
 
@@ -115,7 +116,7 @@ class KernelTask:
             raise ValueError(f"chains have links, which say what they keep: {self!r}")
         if self.links is not None and not chain_applies(self.workload, self.links.depthwise, self.links.last):
             raise ValueError(f"no chain: {self!r}")
-        if self.winograd and (self.index is not IndexKind.NONE or not winograd_applies(self.workload)):
+        if self.winograd and not self.takes_winograd:
             raise ValueError(f"Winograd's algorithm does not apply to {self!r}")
         if self.index is IndexKind.NONE:
             if self.block or self.kept or self.group:
@@ -153,9 +154,15 @@ class KernelTask:
         return KernelTask(self.kind, self.workload, self.threads)
 
     @property
+    def takes_winograd(self) -> bool:
+        """Whether Winograd's algorithm applies: it needs all positions of a kernel, or none."""
+        whole = self.index is not IndexKind.POSITION and not self.group
+        return self.kind == "conv" and whole and winograd_applies(self.workload)
+
+    @property
     def as_winograd(self) -> KernelTask:
-        """The dense layer by Winograd's algorithm."""
-        return replace(self.dense, winograd=True)
+        """The same by Winograd's algorithm."""
+        return replace(self, winograd=True)
 
     def with_kept(self, kept: int) -> KernelTask:
         """Return the task at another density."""
@@ -170,10 +177,12 @@ class KernelTask:
             text += " > ".join(_layer_text(work) for work in (self.workload, *links.layers))
             return f"{text}; {_kept_text(links.kept)}, {_kept_text(links.last_kept)}{plural}"
         text = f"{self.kind} {_layer_text(self.workload)}; "
-        dense = "winograd" if self.winograd else "dense"
-        text += dense if self.index is IndexKind.NONE else f"1x{self.block} {self.index.value} {self.kept}"
-        text += f" {self.of_group} of {self.group}" if self.group else ""
-        return text + plural
+        parts = ["winograd"] if self.winograd else []
+        if self.index is not IndexKind.NONE:
+            parts.append(f"1x{self.block} {self.index.value} {self.kept}")
+        if self.group:
+            parts.append(f"{self.of_group} of {self.group}")
+        return text + (" ".join(parts) or "dense") + plural
 
     @classmethod
     def of(
@@ -206,7 +215,8 @@ class KernelTask:
             return cls("fc", work, threads, IndexKind.CHANNEL, kernel.block, kernel.kept)
         work = workload or kernel.workload
         if isinstance(kernel, WinogradKernel):
-            return cls("conv", work, threads, winograd=True)
+            index = IndexKind.CHANNEL if kernel.block else IndexKind.NONE
+            return cls("conv", work, threads, index, kernel.block, kernel.kept, winograd=True)
         if kernel.index is IndexKind.NONE:
             return cls("conv", work, threads)
         return cls("conv", work, threads, kernel.index, kernel.block, kernel.kept)
@@ -228,10 +238,9 @@ def parse_task(text: str) -> KernelTask:
     workload = _read_layer(found["layer"])
     kind: Literal["conv", "fc"] = "conv" if found["kind"] == "conv" else "fc"
     threads = int(found["threads"])
-    if found["index"] is None:
-        return KernelTask(kind, workload, threads, winograd=found["winograd"] is not None)
+    index = IndexKind.NONE if found["index"] is None else IndexKind(found["index"])
     block, kept, of_group, group = (int(found[name] or 0) for name in ("block", "kept", "of_group", "group"))
-    return KernelTask(kind, workload, threads, IndexKind(found["index"]), block, kept, False, of_group, group)
+    return KernelTask(kind, workload, threads, index, block, kept, found["winograd"] is not None, of_group, group)
 
 
 def _parse_chain(text: str) -> KernelTask:

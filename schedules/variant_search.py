@@ -60,7 +60,10 @@ def ranked_kernels(task: KernelTask, machine: Machine, limit: int) -> list[Kerne
     if isinstance(default, FcKernel):
         return [default, *neighbours(default, machine)][:limit]
     if isinstance(default, WinogradKernel):
-        ranked = sorted(winograd_candidates(task.workload, machine), key=lambda k: winograd_cycles(k, machine))
+        ranked = sorted(
+            winograd_candidates(task.workload, machine, task.block, task.kept),
+            key=lambda k: winograd_cycles(k, machine),
+        )
         found: list[Kernel] = [default, *ranked]
         return list(dict.fromkeys(found))[:limit]
     layouts = sorted(_layouts(task, machine), key=predicted_cycles)[:_BEST_LAYOUTS]
@@ -96,7 +99,8 @@ def neighbours(kernel: Kernel, machine: Machine) -> list[Kernel]:
         blocks = (machine.lanes * vectors for vectors in (1, 2, 4, 8))
         return [replace(kernel, block=block) for block in blocks if block != kernel.block]
     if isinstance(kernel, WinogradKernel):
-        near = [k for k in winograd_candidates(kernel.workload, machine) if _differences(k, kernel) == 1]
+        candidates = winograd_candidates(kernel.workload, machine, kernel.block, kernel.kept)
+        near = [k for k in candidates if _differences(k, kernel) == 1]
         steps = (kernel.tiles_per_step - 1, kernel.tiles_per_step + 1)
         near += [replace(kernel, tiles_per_step=s) for s in steps if 1 <= s <= kernel.chunk_tiles]
         near = [k for k in near if k.tiles_per_step * k.oc_vectors <= most_sums(machine, 1)]

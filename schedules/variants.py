@@ -53,6 +53,7 @@ __all__ = [
     "most_sums",
     "pair_kernels",
     "variant_text",
+    "winograd_fits",
 ]
 
 Kernel: TypeAlias = (
@@ -82,8 +83,9 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
     if task.links is not None:
         return min(chain_kernels(task, machine), key=lambda kernel: chain_cycles(kernel, machine))
     if task.winograd:
-        found = choose_winograd(work, machine)
-        assert found is not None  # the task has checked that it applies
+        found = choose_winograd(work, machine, task.block, task.kept)
+        if found is None:
+            raise ValueError(f"Winograd kernels need block rows of whole vectors of {machine.lanes}: {task}")
         return found
     if task.kind == "conv":
         if task.index is IndexKind.NONE:
@@ -103,6 +105,11 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
     if task.index is IndexKind.NONE:
         return choose_fc_kernel(*sizes, work.epilogue, machine)
     return choose_fc_kernel(*sizes, work.epilogue, machine, block=task.block, kept=task.kept)
+
+
+def winograd_fits(task: KernelTask, machine: Machine) -> bool:
+    """Whether there are Winograd kernels for a direct task: block rows are whole vectors."""
+    return task.takes_winograd and task.block % machine.lanes == 0
 
 
 def kernel_cycles(kernel: Kernel, machine: Machine) -> float:
@@ -282,9 +289,8 @@ def _winograd_from_text(text: str, task: KernelTask, machine: Machine) -> Winogr
     if found is None:
         raise ValueError(f"{text!r:.100} is no variant of {task}")
     tile, step, vectors, rows, columns = (int(found[name]) for name in ("tile", "step", "vectors", "rows", "columns"))
-    kernel = WinogradKernel(
-        task.workload, machine.lanes, tile, rows, columns, vectors, step, found["staged"] is not None
-    )
+    sizes = (machine.lanes, tile, rows, columns, vectors, step)
+    kernel = WinogradKernel(task.workload, *sizes, found["staged"] is not None, task.block, task.kept)
     fits = tile in (2, 4) and 1 <= rows <= kernel.tile_rows and 1 <= columns <= kernel.tile_columns
     if not (fits and 1 <= step <= kernel.chunk_tiles and 1 <= step * vectors <= most_sums(machine, 1)):
         raise ValueError(f"{text!r:.100} does not fit {task}")

@@ -26,7 +26,14 @@ from tvm_nm.schedules.packing import PackedWeights
 from tvm_nm.schedules.winograd_points import combine_columns, combine_rows, transform_matrices, transform_weights
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["WINOGRAD_RULE", "WinogradKernel", "pack_winograd", "winograd_applies", "winograd_prim_func"]
+__all__ = [
+    "WINOGRAD_RULE",
+    "WinogradKernel",
+    "pack_winograd",
+    "random_channels",
+    "winograd_applies",
+    "winograd_prim_func",
+]
 
 WINOGRAD_RULE = "tvm_nm_winograd"
 

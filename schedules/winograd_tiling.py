@@ -54,7 +54,7 @@ def winograd_cycles(kernel: WinogradKernel, machine: Machine) -> float:
 
 def _step_cycles(kernel: WinogradKernel, tiles: int) -> float:
     fmas, loads = tiles * kernel.oc_vectors, tiles + kernel.oc_vectors
-    return kernel.workload.in_channels * max(fmas / 2, loads / _LOADS_PER_CYCLE, _FMA_LATENCY) + _STEP_OVERHEAD
+    return kernel.reduction * max(fmas / 2, loads / _LOADS_PER_CYCLE, _FMA_LATENCY) + _STEP_OVERHEAD
 
 
 def _stream_cycles(kernel: WinogradKernel) -> float:
@@ -69,17 +69,34 @@ def _stream_cycles(kernel: WinogradKernel) -> float:
     return weights / _MEMORY_BYTES_PER_CYCLE + streamed / _STREAM_BYTES_PER_CYCLE
 
 
-def choose_winograd(workload: ConvWorkload, machine: Machine) -> WinogradKernel | None:
-    """Return the variant with the least predicted cycles, or None where the family does not apply."""
+def choose_winograd(workload: ConvWorkload, machine: Machine, block: int = 0, kept: int = 0) -> WinogradKernel | None:
+    """Return the variant with the least predicted cycles, or None where the family does not apply.
+
+    Parameters
+    ----------
+    workload
+        The convolution.
+    machine
+        Vector width, registers, threads.
+    block, kept
+        Output channels that share their kept input channels, and how many they keep; 0 for dense.
+    """
+    found = winograd_candidates(workload, machine, block, kept)
+    return min(found, key=lambda kernel: winograd_cycles(kernel, machine), default=None)
+
+
+def winograd_candidates(
+    workload: ConvWorkload, machine: Machine, block: int = 0, kept: int = 0
+) -> list[WinogradKernel]:
+    """Return the variants worth considering, none where the family does not apply; as `choose_winograd`.
+
+    Block rows must be whole vectors.
+    """
     if not winograd_applies(workload):
-        return None
-    return min(winograd_candidates(workload, machine), key=lambda kernel: winograd_cycles(kernel, machine))
-
-
-def winograd_candidates(workload: ConvWorkload, machine: Machine) -> list[WinogradKernel]:
-    """Return the variants worth considering for a workload of the family."""
+        return []
     found = []
-    oc_vectors = -(-workload.out_channels // machine.lanes)
+    most_vectors = min(4, -(-(block or workload.out_channels) // machine.lanes))
+    vector_counts = [v for v in range(1, most_vectors + 1) if block % (v * machine.lanes) == 0]
     for tile in (2, 4):
         rows, columns = -(-workload.out_height // tile), -(-workload.out_width // tile)
         shapes = [
@@ -89,19 +106,15 @@ def winograd_candidates(workload: ConvWorkload, machine: Machine) -> list[Winogr
             if chunk_columns >= min(columns, _LEAST_CHUNK_COLUMNS)
             if min(rows * columns, _LEAST_CHUNK_TILES) <= chunk_rows * chunk_columns <= _MOST_CHUNK_TILES
         ]
-        for vectors in range(1, min(4, oc_vectors) + 1):
-            most = machine.accumulators // vectors
-            for chunk_rows, chunk_columns in shapes:
-                per_step = _tiles_per_step(chunk_rows * chunk_columns, most + 1 if vectors == 4 else most)
-                kernel = WinogradKernel(
-                    workload, machine.lanes, tile, chunk_rows, chunk_columns, vectors, per_step, False
-                )
-                found.append(kernel)
+        cuts = [(*shape, False) for shape in shapes]
         if rows * columns <= _STAGED_TILES:
-            for vectors in range(1, min(4, oc_vectors) + 1):
-                most = machine.accumulators // vectors
-                per_step = _tiles_per_step(rows * columns, most + 1 if vectors == 4 else most)
-                found.append(WinogradKernel(workload, machine.lanes, tile, rows, columns, vectors, per_step, True))
+            cuts.append((rows, columns, True))
+        for vectors in vector_counts:
+            most = machine.accumulators // vectors + (vectors == 4)
+            for down, across, staged in cuts:
+                per_step = _tiles_per_step(down * across, most)
+                sizes = (machine.lanes, tile, down, across, vectors, per_step)
+                found.append(WinogradKernel(workload, *sizes, staged, block, kept))
     return found
 
 

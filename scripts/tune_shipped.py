@@ -22,12 +22,12 @@ import tvm
 from tvm_nm.compiler import resolve_target
 from tvm_nm.patterns import parse_pattern
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, KernelTask
+from tvm_nm.schedules.machine import Machine, machine_of
 from tvm_nm.schedules.variants import variant_text
-from tvm_nm.schedules.winograd import winograd_applies
 from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.progress import TuningProgress, summary_text
 from tvm_nm.tuning.tables import family_of
-from tvm_nm.tuning.tasks import ModelTask, layer_task
+from tvm_nm.tuning.tasks import ModelTask, layer_task, with_winograd
 from tvm_nm.tuning.tuner import tune_tasks
 from tvm_nm.workload import ConvWorkload, Epilogue
 
@@ -115,7 +115,7 @@ def squeezenet() -> Iterator[ConvWorkload]:
     yield conv(512, 1000, 13)
 
 
-def shipped_tasks(threads: int, patterns: Collection[str]) -> list[ModelTask]:
+def shipped_tasks(machine: Machine, patterns: Collection[str]) -> list[ModelTask]:
     """Return the distinct tasks, one epilogue for each shape: the others share its best variant."""
     names: dict[ConvWorkload, list[str]] = {}
     for network in (resnet50, resnet18, vgg16, mobilenet_v2, squeezenet):
@@ -128,14 +128,12 @@ def shipped_tasks(threads: int, patterns: Collection[str]) -> list[ModelTask]:
             by_shape[shape] = (work, found)
     tasks: dict[KernelTask, tuple[str, ...]] = {}
     for work, found in by_shape.values():
-        tasks[KernelTask("conv", work, threads)] = tuple(found)
-        if winograd_applies(work):
-            tasks[KernelTask("conv", work, threads, winograd=True)] = tuple(found)
-        if work.in_channels_per_group < 16:
-            continue
-        for pattern, density in (pair for pair in PATTERNS if pair[0] in patterns):
-            parsed = parse_pattern(pattern)
-            tasks[layer_task(work, threads, parsed, parsed.check_density(density))] = tuple(found)
+        of_layer = [KernelTask("conv", work, machine.threads)]
+        if work.in_channels_per_group >= 16:
+            for pattern, density in (pair for pair in PATTERNS if pair[0] in patterns):
+                parsed = parse_pattern(pattern)
+                of_layer.append(layer_task(work, machine.threads, parsed, parsed.check_density(density)))
+        tasks.update((task, tuple(found)) for task in with_winograd(of_layer, machine))
     return [ModelTask(task, found) for task, found in tasks.items()]
 
 
@@ -145,7 +143,8 @@ def write(database: TuningDatabase, target: tvm.target.Target) -> Path:
     if not family:
         raise SystemExit(f"records are shipped for AVX-512 and AVX2 only, not for {target}")
     lines = [json.dumps({"format": "tvm_nm trials", "version": 1, "revision": TEMPLATE_REVISION, "family": family})]
-    wanted = {item.task.with_kept(item.task.kept) for threads in (1, 2) for item in shipped_tasks(threads, ALL)}
+    machines = [replace(machine_of(target), threads=threads) for threads in (1, 2)]
+    wanted = {item.task for machine in machines for item in shipped_tasks(machine, ALL)}
     for task in sorted(wanted, key=str):
         best = database.measured(task)
         if best is not None:
@@ -177,7 +176,7 @@ def main() -> None:
         write(database, target)
         return
     with TuningProgress() as progress:
-        tasks = shipped_tasks(options.threads, options.patterns.split(","))
+        tasks = shipped_tasks(machine_of(target), options.patterns.split(","))
         summary = tune_tasks(tasks, database, trials=options.trials, minutes=options.minutes, progress=progress)
     print(summary_text(summary))
 

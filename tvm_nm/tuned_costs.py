@@ -15,10 +15,11 @@ import tvm
 from tvm_nm.cost_merge import interpolate_times
 from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource
 from tvm_nm.patterns import SparsityPattern
+from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.tuned import TunedKernel
 from tvm_nm.schedules.variants import variant_text
 from tvm_nm.tuning.database import TrialTable
-from tvm_nm.tuning.tasks import conv_workloads, layer_task
+from tvm_nm.tuning.tasks import conv_workloads, layer_task, with_winograd
 
 __all__ = ["add_tuned_times"]
 
@@ -46,8 +47,10 @@ def add_tuned_times(table: CostTable, module: tvm.IRModule, trials: TrialTable) 
         for candidate in layer.candidates if layer.name in works else ():
             if not candidate.is_dense:
                 task = layer_task(works[layer.name], table.threads, candidate.pattern, candidate.density)
-                if (best := trials.measured(task)) is not None:
-                    known[candidate.key] = best
+                tasks = with_winograd([task], machine_of(trials.target))
+                measured = [best for best in map(trials.measured, tasks) if best is not None]
+                if measured:
+                    known[candidate.key] = min(measured, key=lambda best: best.latency_us)
         found[layer.name] = known
     ratios = {layer.name: _ratios(layer, found[layer.name]) for layer in table.layers}
     every = [ratio for part in ratios.values() for ratio in part]

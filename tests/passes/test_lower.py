@@ -300,12 +300,21 @@ def test_report_of_a_winograd_layer() -> None:
     assert (report.macs / report.kept_macs, report.packed_bytes) == (4.0, 64 * 64 * 36 * 4)
 
 
+@pytest.mark.parametrize(("pattern", "reduction"), [("1x16", 8.0), ("1x16p", 2.0)])
+def test_winograd_skips_whole_kernels(pattern: str, reduction: float) -> None:
+    mask = mask_of(pattern, (64, 64, 3, 3), 0.5)
+    (report,) = layer_reports(lower(module(lambda b, x: b.conv(x, 64, mask=mask), (1, 64, 28, 28)), winograd=True))
+    assert (report.pattern, report.macs / report.kept_macs) == (pattern, reduction)
+    assert report.kernel.startswith("winograd 4x4") is (pattern == "1x16")
+    assert ("channel" in report.kernel) is (pattern == "1x16")
+
+
 def test_a_sparse_layer_must_beat_winograd() -> None:
-    mask = mask_of("1x16", (64, 64, 3, 3), 0.5)
+    mask = mask_of("1x16p", (64, 64, 3, 3), 0.5)
     mod = module(lambda b, x: b.conv(x, 64, mask=mask), (1, 64, 56, 56))
     (direct,) = layer_reports(lower(mod, always_sparse=False))
     (report,) = layer_reports(lower(mod, always_sparse=False, winograd=True))
-    assert (direct.pattern, report.pattern) == ("1x16", "dense")
+    assert (direct.pattern, report.pattern) == ("1x16p", "dense")
     assert report.kernel.startswith("winograd")
     assert "the dense kernel's time" in report.note
 

@@ -16,7 +16,7 @@ from tvm_nm.schedules.kernel_task import ChainLinks, KernelTask, parse_task
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.tiling import choose_kernel
 from tvm_nm.schedules.variant_search import neighbours, ranked_kernels
-from tvm_nm.schedules.variants import default_kernel, kernel_cycles, kernel_from_text, variant_text
+from tvm_nm.schedules.variants import default_kernel, kernel_cycles, kernel_from_text, variant_text, winograd_fits
 from tvm_nm.schedules.winograd import winograd_applies
 from tvm_nm.workload import ConvWorkload, Epilogue
 
@@ -50,7 +50,8 @@ def tasks(draw: st.DrawFn) -> KernelTask:
         return KernelTask("conv", work, threads, winograd=winograd_applies(work) and draw(st.booleans()))
     of_nm = dict(zip(("of_group", "group"), draw(st.sampled_from(((0, 0), (2, 4), (1, 4), (3, 16)))), strict=True))
     full = KernelTask("conv", work, threads, index, draw(st.sampled_from((1, 4, 16))), 1, **of_nm)
-    return full.with_kept(draw(st.integers(1, full.inputs)))
+    task = full.with_kept(draw(st.integers(1, full.inputs)))
+    return task.as_winograd if winograd_fits(task, AVX512) and draw(st.booleans()) else task
 
 
 @given(tasks())
@@ -65,6 +66,9 @@ def test_what_the_text_of_a_task_looks_like() -> None:
     assert (task.density, task.macs) == (0.5, work.macs // 2)
     alone = replace(task, block=1, of_group=2, group=4)
     assert str(alone) == "conv 64x56x56->256 k1x1 bias+add+relu; 1x1 channel 32 2 of 4; 1 thread"
+    square = KernelTask("conv", replace(work, kernel=(3, 3), out_channels=64), 1, IndexKind.CHANNEL, 16, 32)
+    assert str(square.as_winograd) == "conv 64x56x56->64 k3x3 bias+add+relu; winograd 1x16 channel 32; 1 thread"
+    assert str(square.as_winograd.dense.as_winograd) == "conv 64x56x56->64 k3x3 bias+add+relu; winograd; 1 thread"
     assert str(replace(task.dense, threads=2)) == "conv 64x56x56->256 k1x1 bias+add+relu; dense; 2 threads"
 
 
@@ -73,6 +77,8 @@ def test_what_the_text_of_a_task_looks_like() -> None:
     [
         "",
         "conv 64x56x56->64 k3x3 bias; dense",
+        "conv 64x56x56->64 k3x3 bias; ; 1 thread",
+        "conv 64x56x56->64 k3x3 bias; winograd ; 1 thread",
         "conv 64x56x56->64 k3x3 bias; 1x16 channel 65; 1 thread",
         "conv 64x56x56->64 k3x3 bias+tanh; dense; 1 thread",
         "pool 64x56x56->64 k3x3 bias; dense; 1 thread",

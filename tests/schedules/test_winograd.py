@@ -16,7 +16,7 @@ from running import build, call, haswell, host_flags, integers
 from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies, winograd_prim_func
 from tvm_nm.schedules.winograd_points import POINTS, transform_matrices, transform_weights
-from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_cycles
+from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidates, winograd_cycles
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 TARGETS = {"one thread": host_target(1), "two threads": host_target(2)}
@@ -59,16 +59,32 @@ def kernels(draw: st.DrawFn, target: str) -> WinogradKernel:
     chunk_rows = rows if staged else draw(st.integers(1, rows))
     chunk_columns = columns if staged else draw(st.integers(1, columns))
     vectors = draw(st.integers(1, 4))
+    lanes = machine_of(TARGETS[target]).lanes
+    block, kept = 0, 0
+    if draw(st.booleans()):
+        block = vectors * lanes * draw(st.integers(1, 2))
+        kept = draw(st.integers(1, work.in_channels))
     return WinogradKernel(
         work,
-        machine_of(TARGETS[target]).lanes,
+        lanes,
         tile,
         chunk_rows,
         chunk_columns,
         vectors,
         draw(st.integers(1, min(chunk_rows * chunk_columns, 28 // vectors))),
         staged,
+        block,
+        kept,
     )
+
+
+def pruned(kernel: WinogradKernel, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return weights whose block rows keep what the kernel can skip, one of them all of it and the others at most."""
+    for start in range(0, len(weights), kernel.block or len(weights)):
+        if kernel.block:
+            kept = kernel.kept if start == 0 else int(rng.integers(0, kernel.kept + 1))
+            weights[start : start + kernel.block, rng.permutation(weights.shape[1])[kept:]] = 0
+    return weights
 
 
 def run(
@@ -77,11 +93,14 @@ def run(
     """Return the kernel's output and what it must be."""
     work = kernel.workload
     data = draw(work.input_shape, rng)
-    weights = draw((work.out_channels, work.in_channels, 3, 3), rng)
+    weights = pruned(kernel, draw((work.out_channels, work.in_channels, 3, 3), rng), rng)
     bias = draw((work.out_channels,), rng)
     out_shape = work.output_shape
     residual = draw(out_shape, rng) if work.epilogue.residual else None
-    arguments = [data, pack_winograd(kernel, weights).values, bias]
+    packed = pack_winograd(kernel, weights)
+    assert packed.values.shape == kernel.weight_shape
+    assert (None if packed.index is None else packed.index.shape) == kernel.index_shape
+    arguments = [data, packed.values, *([] if packed.index is None else [packed.index]), bias]
     if residual is not None:
         arguments.append(residual)
     out = call(build(winograd_prim_func(kernel), target), arguments, out_shape)
@@ -169,6 +188,32 @@ def test_packed_weights() -> None:
     np.testing.assert_array_equal(packed.values[1, :, :, :, 0, 3], transform_weights(weights, 2)[:, :, 19])
     assert not packed.values[1, :, :, :, 0, 4:].any()
     assert not packed.values[1, :, :, :, 1].any()
+
+
+def test_packed_weights_of_block_rows() -> None:
+    work = ConvWorkload(1, 6, 20, 8, 8, (3, 3))
+    kernel = WinogradKernel(work, 8, 2, 3, 3, 1, 6, False, block=16, kept=3)
+    weights = normal((20, 6, 3, 3), np.random.default_rng(1))
+    weights[:16, [0, 2, 5]] = 0
+    weights[16:, [0, 1, 2, 4]] = 0
+    packed = pack_winograd(kernel, weights)
+    assert packed.values.shape == kernel.weight_shape == (3, 4, 4, 3, 1, 8)
+    assert packed.index is not None
+    # The second row keeps two channels; the third is any, with zero weights.
+    np.testing.assert_array_equal(packed.index, [[1, 3, 4], [0, 3, 5]])
+    np.testing.assert_array_equal(packed.values[1, :, :, 2, 0], transform_weights(weights, 2)[:, :, 8:16, 4])
+    assert not packed.values[2, :, :, 0].any()
+    weights[0, 0] = 1.0
+    with pytest.raises(ValueError, match="a block row keeps 4 inputs, the kernel was made for 3"):
+        pack_winograd(kernel, weights)
+
+
+@pytest.mark.parametrize(("block", "kept"), [(8, 4), (24, 4), (16, 0), (0, 4)])
+def test_block_rows_are_whole_register_tiles(block: int, kept: int) -> None:
+    work = ConvWorkload(1, 8, 48, 16, 16, (3, 3))
+    with pytest.raises(ValueError, match="whole register tiles"):
+        WinogradKernel(work, 16, 4, 1, 4, 1, 4, False, block, kept)
+    assert winograd_candidates(work, machine_of(TARGETS["one thread"]), 16, 4)
 
 
 @pytest.mark.parametrize(

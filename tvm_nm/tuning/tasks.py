@@ -23,10 +23,10 @@ from tvm_nm.schedules.fc import choose_fc_kernel
 from tvm_nm.schedules.kernel_task import ChainLinks, KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import kept_per_block_row
-from tvm_nm.schedules.winograd import winograd_applies
+from tvm_nm.schedules.variants import winograd_fits
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["ModelTask", "conv_workloads", "layer_task", "model_tasks"]
+__all__ = ["ModelTask", "conv_workloads", "layer_task", "model_tasks", "with_winograd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +202,16 @@ def _layer_tasks(
         return [KernelTask.of(choose_fc_kernel(*sizes, fused.epilogue, machine), machine.threads)]
     work = conv_workload(layer, fused.epilogue)
     tasks = [KernelTask("conv", work, machine.threads)]
-    if winograd_applies(work):
-        tasks.append(tasks[0].as_winograd)
     weights = fused.found.weight
     detection = detect_pattern(weights != 0, work.groups)
     own = sparse_task(work, weights, detection.pattern, machine)
     if own is not None:
         tasks.append(own)
     tasks += [layer_task(work, machine.threads, pattern, density) for pattern, density in wanted]
-    return list(dict.fromkeys(tasks))
+    return list(dict.fromkeys(with_winograd(tasks, machine)))
+
+
+def with_winograd(tasks: Iterable[KernelTask], machine: Machine) -> list[KernelTask]:
+    """Return tasks, each followed by the same layer by Winograd's algorithm where there are kernels for it."""
+    both = ((task, task.as_winograd) if winograd_fits(task, machine) else (task,) for task in tasks)
+    return [task for group in both for task in group]

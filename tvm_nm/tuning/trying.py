@@ -39,7 +39,7 @@ from tvm_nm.schedules.packing import random_index_table
 from tvm_nm.schedules.pair_conv import PairConvKernel
 from tvm_nm.schedules.pair_packing import random_pairs
 from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_from_text, kernel_prim_func
-from tvm_nm.schedules.winograd import WinogradKernel
+from tvm_nm.schedules.winograd import WinogradKernel, random_channels
 
 __all__ = ["YARDSTICK", "build", "time_variants"]
 
@@ -197,6 +197,8 @@ def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any,
             table = random_positions(kernel, rng)
         if isinstance(kernel, LaneConvKernel):
             table = random_lanes(kernel, rng)
+        if isinstance(kernel, WinogradKernel):
+            table = random_channels(kernel, rng)
         if isinstance(kernel, PairConvKernel):
             table = random_pairs(kernel, rng)
         residual, channels = work.epilogue.residual, work.out_channels

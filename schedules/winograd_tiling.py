@@ -2,8 +2,9 @@
 
 The model counts the cycles of each stage on one thread, in the units of `tiling.predicted_cycles`: the matrix products
 by FMAs and loads, the transforms by channel vectors of a tile and of its pixels, and what is streamed from beyond L2:
-the weights, once for each chunk, and the transformed inputs and sums where they exceed L2. Its constants are set such
-that the 3x3 layers of VGG-16 and ResNet-50 come out within about 20% of their measured times.
+the weights, once for each chunk, and the transformed inputs, once for each block of output channels, where they exceed
+L2. Its constants are such that the 3x3 layers of VGG-16 and ResNet-50 come out within about 20% of their measured
+times.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ _COPY_CYCLES_PER_PIXEL = 8.0
 _INPUT_CYCLES_PER_VALUE = 5.0
 _OUTPUT_CYCLES_PER_VALUE = 12.0
 # What a core has to itself of 2 MiB beside a busy neighbour and what is streamed.
-_L2_BYTES = 5 << 18
-_STREAM_BYTES_PER_CYCLE = 12.0
+_L2_BYTES = 1 << 20
+_L2_BYTES_PER_CYCLE = 64.0
+_STREAM_BYTES_PER_CYCLE = 16.0
 _MEMORY_BYTES_PER_CYCLE = 4.0
 # Of measured time to these counts, over the 3x3 layers of VGG-16 and ResNet-50 on one thread.
-_SCALE = 1.4
+_SCALE = 1.29
 _TASK_OVERHEAD = 2000.0
 _LEAST_CHUNK_TILES = 14
 # Narrower chunks touch more rows, and so more pages, for as many pixels: measured up to 1.4 times as slow.
@@ -58,15 +60,21 @@ def _step_cycles(kernel: WinogradKernel, tiles: int) -> float:
 
 
 def _stream_cycles(kernel: WinogradKernel) -> float:
-    """Cycles of moving weights from memory and, where L2 is too small, weights, inputs and sums from beyond it."""
+    """Cycles of moving weights from memory, inputs from L2 and, where it is too small, all of them from beyond it.
+
+    Each block of output channels reads the transformed inputs anew.
+    """
     frequencies, tiles = kernel.size**2, kernel.chunk_tiles
     weights = 4 * math.prod(kernel.weight_shape)
     inputs = 4 * frequencies * tiles * kernel.ic_vectors * kernel.lanes
     sums = 4 * frequencies * tiles * kernel.oc_vectors * kernel.lanes * (kernel.oc_blocks if kernel.staged else 1)
-    streamed = weights * (kernel.chunks - 1 if weights + inputs + sums > _L2_BYTES else 0)
+    reads = kernel.chunks * inputs * kernel.oc_blocks
+    cycles = weights / _MEMORY_BYTES_PER_CYCLE
+    if weights + inputs + sums > _L2_BYTES:
+        cycles += weights * (kernel.chunks - 1) / _STREAM_BYTES_PER_CYCLE
     if inputs + sums > _L2_BYTES:
-        streamed += kernel.chunks * (inputs + sums) * 2
-    return weights / _MEMORY_BYTES_PER_CYCLE + streamed / _STREAM_BYTES_PER_CYCLE
+        return cycles + (reads + kernel.chunks * (inputs + 2 * sums)) / _STREAM_BYTES_PER_CYCLE
+    return cycles + reads / _L2_BYTES_PER_CYCLE
 
 
 def choose_winograd(workload: ConvWorkload, machine: Machine, block: int = 0, kept: int = 0) -> WinogradKernel | None:

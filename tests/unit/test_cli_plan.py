@@ -211,7 +211,7 @@ def test_what_cannot_work_is_refused_before_anything_is_built(model: Path, tmp_p
     result = run(*plan, "--budget", "0.001us", "--measure-seconds", "0")
     assert result.exit_code == 2, result.output
     assert "out of reach: with every layer at its lowest density" in result.stderr
-    assert "building 3 of 11" in result.stderr
+    assert "building 3 of 13" in result.stderr
     assert "building 4" not in result.stderr
 
 

@@ -5,7 +5,8 @@
 
 Every build runs in a process of its own (its time and peak memory are measured there) and is checked against
 onnxruntime running the pruned model. Then all builds of a model and onnxruntime running the dense one take turns in one
-process; a speed is the median of the rounds' ratios. `light:NAME` is a model of the onnx wheel with random weights filled in. The tables are Markdown.
+process; a speed is the median of the rounds' ratios. `light:NAME` is a model of the onnx wheel with random weights
+filled in. The tables are Markdown.
 """
 
 from __future__ import annotations

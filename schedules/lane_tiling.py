@@ -70,6 +70,8 @@ def lane_candidates(work: ConvWorkload, machine: Machine, per_vector: int) -> li
     lanes = machine.lanes
     if lanes not in PERMUTATIONS or work.out_channels_per_group < lanes or work.in_channels_per_group < lanes:
         return []
+    if any(reach <= before for reach, before in zip(work.reach, work.padding[:2], strict=True)):
+        return []  # windows that see nothing but padding: a copy of nothing cannot be scheduled
     if work.is_pointwise:
         work = replace(work, height=1, width=work.height * work.width)
     vectors = range(1, min(work.out_channels_per_group // lanes, _MOST_VECTORS) + 1)

@@ -80,6 +80,12 @@ def check(case: Case, kernel: LaneConvKernel) -> None:
     np.testing.assert_array_equal(out, conv(original, data, weights, bias, residual))
 
 
+def test_windows_in_the_padding_are_left_to_others() -> None:
+    work = ConvWorkload(1, 16, 16, 1, 1, (1, 1), (1, 2), (0, 1, 0, 0))
+    assert not lane_candidates(work, AVX512, 8)
+    assert lane_candidates(replace(work, padding=(0, 0, 0, 1)), AVX512, 8)
+
+
 @settings(max_examples=10, **PROPERTY)
 @given(cases())
 def test_random_variants(case: tuple[Case, LaneConvKernel]) -> None:

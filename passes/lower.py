@@ -60,7 +60,7 @@ class Lower:
     always_sparse
         Use a sparse kernel wherever a pattern explains the zeros, even one that is predicted to lose.
     winograd
-        Let dense 3x3 convolutions be computed by Winograd's algorithm where that is predicted to be faster.
+        Let 3x3 convolutions be computed by Winograd's algorithm where that is predicted to be faster.
     tuned
         Tuned kernel variants, such as a `tvm_nm.tuning.database.TuningDatabase` of the target; default: none.
     chains

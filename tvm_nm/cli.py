@@ -107,7 +107,7 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @click.option("--stitch", is_flag=True, help="Take the pruned layers from --reconstruction as they are there.")
 @click.option("--untuned", is_flag=True, help="Do not use the tuned records that come with tvm-nm.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the outputs with onnxruntime's.")
-@click.option("--no-winograd", is_flag=True, help="Compute dense 3x3 convolutions directly: smaller, rounds less.")
+@click.option("--no-winograd", is_flag=True, help="Compute 3x3 convolutions directly: smaller, rounds less.")
 def compile_command(
     model: Path | None,
     output: Path | None,

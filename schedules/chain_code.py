@@ -27,14 +27,12 @@ conditions of inner loops.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import tvm
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
 from tvm_nm.schedules.chain import ChainKernel, Mixing, blocked_shape
@@ -44,6 +42,7 @@ from tvm_nm.schedules.chain_loops import (
     blocked_channel,
     bound,
     divided,
+    flat_function,
     in_groups,
     least,
     load,
@@ -94,21 +93,7 @@ def _mixing_shapes(name: str, work: ConvWorkload, mixing: Mixing, lanes: int) ->
 @lru_cache(maxsize=128)
 def chain_prim_func(kernel: ChainKernel) -> tvm.tirx.PrimFunc:
     """Return the function of a chain, which needs no schedule; its arguments are those of `argument_shapes`."""
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("main")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8, "global_symbol": "main"})
-        shapes = argument_shapes(kernel)
-        handles = [T.arg(name, T.handle()) for name in shapes]
-        buffers = [T.match_buffer(h, *shape) for h, shape in zip(handles, shapes.values(), strict=True)]
-        with T.sblock("root"):  # as TVM's passes expect of a function
-            T.reads()
-            T.writes()
-            flat = {
-                name: T.decl_buffer((math.prod(shape),), dtype, data=buffer.data)
-                for (name, (shape, dtype)), buffer in zip(shapes.items(), buffers, strict=True)
-            }
-            _Code(kernel, flat).emit()
-    return builder.get()
+    return flat_function(argument_shapes(kernel), lambda buffers: _Code(kernel, buffers).emit())
 
 
 class _Code:

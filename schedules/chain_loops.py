@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import tvm
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
 from tvm_nm.workload import Epilogue
@@ -16,6 +19,7 @@ __all__ = [
     "blocked_channel",
     "bound",
     "divided",
+    "flat_function",
     "in_groups",
     "least",
     "load",
@@ -25,6 +29,26 @@ __all__ = [
     "store_vector",
     "tiles",
 ]
+
+
+def flat_function(
+    shapes: Mapping[str, tuple[tuple[int, ...], str]], emit: Callable[[dict[str, Any]], None]
+) -> tvm.tirx.PrimFunc:
+    """Return a function that needs no schedule, of arguments with names, shapes and dtypes; `emit` gets them flat."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("main")
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8, "global_symbol": "main"})
+        handles = [T.arg(name, T.handle()) for name in shapes]
+        buffers = [T.match_buffer(h, *shape) for h, shape in zip(handles, shapes.values(), strict=True)]
+        with T.sblock("root"):  # as TVM's passes expect of a function
+            T.reads()
+            T.writes()
+            flat = {
+                name: T.decl_buffer((math.prod(shape),), dtype, data=buffer.data)
+                for (name, (shape, dtype)), buffer in zip(shapes.items(), buffers, strict=True)
+            }
+            emit(flat)
+    return builder.get()
 
 
 def bound(value: Any) -> Any:

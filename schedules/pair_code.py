@@ -24,16 +24,14 @@ Written as TensorIR directly: the loops over a pair's inputs have bounds that ar
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
 import tvm
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
-from tvm_nm.schedules.chain_loops import activated, add_to, divided, load, store_vector
+from tvm_nm.schedules.chain_loops import activated, add_to, divided, flat_function, load, store_vector
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.schedules.pair_conv import PairConvKernel
 
@@ -62,20 +60,7 @@ def pair_conv_prim_func(kernel: PairConvKernel) -> tvm.tirx.PrimFunc:
     if work.epilogue.residual:
         shapes["residual"] = (work.output_shape, "float32")
     shapes["out"] = (work.output_shape, "float32")
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("main")
-        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8, "global_symbol": "main"})
-        handles = [T.arg(name, T.handle()) for name in shapes]
-        buffers = [T.match_buffer(h, *shape) for h, shape in zip(handles, shapes.values(), strict=True)]
-        with T.sblock("root"):  # as TVM's passes expect of a function
-            T.reads()
-            T.writes()
-            flat = {
-                name: T.decl_buffer((math.prod(shape),), dtype, data=buffer.data)
-                for (name, (shape, dtype)), buffer in zip(shapes.items(), buffers, strict=True)
-            }
-            _Code(kernel, flat).emit()
-    return builder.get()
+    return flat_function(shapes, lambda buffers: _Code(kernel, buffers).emit())
 
 
 class _Code:

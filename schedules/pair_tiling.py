@@ -41,7 +41,7 @@ def pair_cycles(kernel: PairConvKernel, machine: Machine) -> float:
     cycles += kernel.packed_bytes / _STREAM_BYTES_PER_CYCLE
     if kernel.is_copied:
         cycles += 4 * work.batch * work.in_channels * kernel.channel_size / _COPY_BYTES_PER_CYCLE
-    return cycles * -(-kernel.tasks // machine.threads) * machine.threads / kernel.tasks
+    return cycles * machine.imbalance(kernel.tasks)
 
 
 def _tile_cycles(kernel: PairConvKernel, pixels: int) -> float:

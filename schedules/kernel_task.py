@@ -34,7 +34,6 @@ _CHAIN = re.compile(
     r"chain(?P<blocked> blocked)? (?P<first>[^;]*?) > (?P<depthwise>[^;]*?)(?: > (?P<last>[^;]*))?"
     rf"; {_KEPT.format(1)}, {_KEPT.format(2)}; (?P<threads>\d+) threads?"
 )
-_EPILOGUE = re.compile(r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +270,7 @@ def _read_layer(text: str) -> ConvWorkload:
         (top, left, bottom, right),
         _read_pair(found["dilation"] or "1x1"),
         int(found["groups"] or 1),
-        _read_epilogue(found["epilogue"]),
+        Epilogue.parse(found["epilogue"]),
     )
 
 
@@ -307,14 +306,3 @@ def _pair(values: tuple[int, int]) -> str:
 def _read_pair(text: str) -> tuple[int, int]:
     first, _, second = text.partition("x")
     return int(first), int(second)
-
-
-def _read_epilogue(text: str) -> Epilogue:
-    found = _EPILOGUE.fullmatch(text)
-    if found is None:
-        raise ValueError(f"{text!r:.60} is no epilogue, such as 'bias+add+relu'")
-    residual = found["add"] is not None
-    if found["relu"]:
-        return Epilogue(residual, 0.0, None)
-    low, high = (None if bound in (None, "None") else float(bound) for bound in (found["low"], found["high"]))
-    return Epilogue(residual, low, high)

@@ -54,18 +54,12 @@ define i32 @__tvm_ffi_stamp(ptr %self, ptr %arguments, i32 %number, ptr %result)
   ret i32 0
 }}
 
-define i32 @__tvm_ffi_stamps(ptr %self, ptr %arguments, i32 %number, ptr %result) {{
+"""
+_ADDRESS = """
+define i32 @__tvm_ffi_{name}(ptr %self, ptr %arguments, i32 %number, ptr %result) {{
   store i32 1, ptr %result
   %place = getelementptr i8, ptr %result, i64 8
-  %address = ptrtoint ptr @stamps to i64
-  store i64 %address, ptr %place
-  ret i32 0
-}}
-
-define i32 @__tvm_ffi_count(ptr %self, ptr %arguments, i32 %number, ptr %result) {{
-  store i32 1, ptr %result
-  %place = getelementptr i8, ptr %result, i64 8
-  %address = ptrtoint ptr @count to i64
+  %address = ptrtoint ptr @{name} to i64
   store i64 %address, ptr %place
   ret i32 0
 }}
@@ -138,6 +132,7 @@ class _Clock:
         text = _LLVM.format(
             head=_module_head(), capacity=_CAPACITY, mask=_CAPACITY - 1, clock=int(time.CLOCK_MONOTONIC)
         )
+        text += "".join(_ADDRESS.format(name=name) for name in ("stamps", "count"))
         with TemporaryDirectory(prefix="tvm-nm-clock-") as folder:
             path = Path(folder) / "clock.ll"
             path.write_text(text, encoding="ascii")

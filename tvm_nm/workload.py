@@ -49,7 +49,7 @@ class Epilogue:
         """
         found = _EPILOGUE.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no epilogue")
+            raise ValueError(f"{text!r:.60} is no epilogue, such as 'bias+add+relu'")
         if found["relu"]:
             return cls(bool(found["add"]), 0.0)
         low, high = (None if found[name] in (None, "None") else float(found[name]) for name in ("low", "high"))

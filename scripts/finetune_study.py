@@ -4,7 +4,8 @@
         --epochs 1.5 --work study/
     python scripts/finetune_study.py reference --epochs 1.5 --work study/      # the embedded network, Fashion-MNIST
 
-Each pattern starts from one-shot pruning (OBS) on unlabelled training images. The dense network is trained first, by
+Each pattern, or plan file (--patterns "2:4" "fast.plan.json"), starts from one-shot pruning (OBS) on unlabelled
+training images; --pruned NAME=FILE adds a network that is pruned already. The dense network is trained first, by
 the labels; pruned networks by the labels, and, as a second column, half by its answers (--distill 0 leaves that out).
 The data are .npz files with `images` and `labels`; for `reference` Fashion-MNIST's IDX files in --fashion-mnist.
 
@@ -25,7 +26,11 @@ import onnx
 from tvm_nm.agreement import top1_interval
 from tvm_nm.calibration import ArrayImages, CalibrationImages, Preprocessing, open_images
 from tvm_nm.evaluation import answers_of_onnx, compare
+from tvm_nm.frontend import import_onnx
 from tvm_nm.json_file import write_text
+from tvm_nm.layer_pruning import Method
+from tvm_nm.onnx_pruning import prune_imported
+from tvm_nm.plan import Plan
 from tvm_nm.pruning import PruneRequest, prune_file
 from tvm_nm.reference import preprocess, reference_model_path
 from tvm_nm.torch import Augmentation, Objective, TrainingOptions, train
@@ -62,12 +67,28 @@ class Study:
     work: Path
 
     def pruned(self, text: str) -> Path:
-        """Return the network pruned one-shot to `PATTERN@DENSITY`."""
+        """Return the network pruned one-shot to `PATTERN@DENSITY`, or as a plan file says."""
         path = self.work / f"{_stem(text)}.onnx"
-        if not path.is_file():
+        if path.is_file():
+            return path
+        if text.endswith(".json"):
+            imported = import_onnx(self.model, verify=False)
+            plan = Plan.load(text)
+            done = prune_imported(
+                imported, [imported.module], onnx.load(self.model), plan, self.calibration, Method.OBS
+            )
+            onnx.save(done.model, path)
+        else:
             form, _, density = text.partition("@")
             request = PruneRequest.make(form, float(density) if density else None)
             prune_file(self.model, path, request, images=self.calibration)
+        return path
+
+    def taken(self, name: str, source: Path) -> Path:
+        """Return a network that was pruned elsewhere, as it was when the study began."""
+        path = self.work / f"{_stem(name)}.onnx"
+        if not path.is_file():
+            path.write_bytes(source.read_bytes())
         return path
 
     def top1(self, path: Path) -> float:
@@ -108,7 +129,8 @@ def main() -> None:
     parser.add_argument("--test", type=Path)
     parser.add_argument("--preprocess", type=Preprocessing.parse)
     parser.add_argument("--fashion-mnist", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--patterns", nargs="+", default=["2:4", "1x4p@0.5", "1x16p@0.5"])
+    parser.add_argument("--patterns", nargs="*", default=["2:4", "1x4p@0.5", "1x16p@0.5"], help="and plan files")
+    parser.add_argument("--pruned", nargs="+", default=[], metavar="NAME=FILE", help="ONNX files with zeros in them")
     parser.add_argument("--calib-images", type=int, default=1024)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch", type=int, default=128)
@@ -123,6 +145,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.model != "reference" and not (args.train and args.test):
         parser.error("--train and --test are needed")
+    pruned = [(name, Path(file)) for name, _, file in (text.partition("=") for text in args.pruned)]
+    for _, path in [*pruned, *(("", Path(text)) for text in args.patterns if text.endswith(".json"))]:
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
 
     args.work.mkdir(parents=True, exist_ok=True)
     model = reference_model_path() if args.model == "reference" else Path(args.model)
@@ -142,6 +168,7 @@ def main() -> None:
     dense = study.work / "dense.onnx"
     dense.write_bytes(model.read_bytes())
     rows = [("dense", dense), *((text, study.pruned(text)) for text in args.patterns)]
+    rows += [(name, study.taken(name, path)) for name, path in pruned]
     print(
         f"\n{model.stem}: {args.epochs:g} epochs of {images.count} images, {test.count} test images "
         f"(standard error {top1_interval(study.top1(dense), test.count):.2%}), {len(args.seeds)} seed(s)\n",
@@ -201,7 +228,7 @@ def check_settings(path: Path, settings: str) -> None:
 
 
 def _stem(text: str) -> str:
-    return text.replace(":", "_").replace("@", "_")
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in text.removesuffix(".json").rpartition("/")[2])
 
 
 if __name__ == "__main__":

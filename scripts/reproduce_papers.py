@@ -6,12 +6,14 @@
 `first`: W. Wu et al., ICPADS 2023: VGG-16, N:M only, every layer's density by dynamic programming over measured times
 and L1 norms, at 1.55 times the speed of the dense build; and the same speed with all patterns and calibrated losses.
 `second`: M. Lin et al., TPAMI 2022: MobileNet-V2 at half of the weights: unstructured, 1xN with whole kernels, with
-rearranged filters and by position, and whole filters by L1 norm.
+rearranged filters, and whole filters by L1 norm. (What is pruned there are 1x1 convolutions, in which blocks of whole
+kernels and blocks by position, 1xN and 1xNp, are the same.)
 
 Every row starts from one dense network and is trained equally long, the dense one included (--tune-epochs). All that is
-done lies in --work: the same command goes on where it was stopped. `--rows` does some rows only; `--no-times` trains
-without measuring, and the measuring can be done later on an idle machine. The data are .npz files with `images` and
-`labels`. Prints a Markdown table.
+done lies in --work: the same command goes on where it was stopped. `--rows` does some rows only. What measures wants an
+idle machine and what trains can do without: `--prune-only` makes the plans of `first`, which are made from measured
+times, and stops before any row is trained; `--no-times` trains without measuring what comes out. The data are .npz
+files with `images` and `labels`. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -199,6 +201,7 @@ def first_rows(job: Reproduction) -> list[Row]:
                 grid=CandidateGrid.make(patterns, DEFAULT_DENSITIES),
                 metric=None if calibrated else "l1",
                 images=job.calibration if calibrated else None,
+                method=Method.MAGNITUDE,  # of the estimates: with refitted weights they would take hours
                 database=job.args.db,
                 threads=job.args.threads,
                 costs=job.work / f"{_stem(name)}.costs.json",
@@ -280,6 +283,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--db", type=Path, help="tuning database to build with")
     parser.add_argument("--threads", type=int, default=1, help="of the builds that are measured [1]")
+    parser.add_argument("--prune-only", action="store_true", help="plan and prune, and train no row")
     parser.add_argument("--no-times", action="store_true", help="do not measure")
     args = parser.parse_args()
 
@@ -293,6 +297,11 @@ def main() -> None:
         if unknown:
             parser.error(f"no rows {sorted(unknown)}; there are: {', '.join(row.name for row in rows)}")
         rows = [row for row in rows if row.name in args.rows]
+    if args.prune_only:
+        for row in rows:
+            row.prune()
+            print(f"{row.name}: pruned", flush=True)
+        return
     results = {}
     for row in rows:
         results[row.name] = float(np.mean([job.top1(row, seed) for seed in args.seeds]))

@@ -12,13 +12,13 @@ import tvm
 from numpy.typing import NDArray
 
 from tvm_nm.calibration import CalibrationImages, batch_size
-from tvm_nm.errors import CalibrationError, UnsupportedModelError
+from tvm_nm.errors import CalibrationError, PlanError, UnsupportedModelError
 from tvm_nm.inventory import layer_calls
 from tvm_nm.masks import BoolArray, PackedMasks
 from tvm_nm.onnx_network import FloatArray, LayerWeights, OnnxNetwork
 from tvm_nm.onnx_weights import replace_weights
 from tvm_nm.patterns import Dense
-from tvm_nm.plan import Plan
+from tvm_nm.plan import Plan, near_names
 from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.reconstruction import LayerFit, Options, reconstruct
 from tvm_nm.reconstruction_db import build_database, stitch
@@ -86,6 +86,8 @@ def prune_calibrated(
         If the database is of another model, of other images or options.
     CalibrationError
         If the model cannot be run on the images.
+    PlanError
+        If the plan names a layer that the model lacks.
     UnsupportedModelError
         If it has more than one input.
     """
@@ -96,6 +98,9 @@ def prune_calibrated(
     calibrated = Plan(tuple(choice for choice in choices if choice.name in possible))
     others = {choice.name: choice for choice in choices if choice.name not in possible}
     module = modules.pop()
+    known = {call.layer.name for call in layer_calls(module)}
+    for name in others.keys() - known:
+        raise PlanError(f"the plan names layer {name!r}, which the model does not have; {near_names(name, known)}")
     masks = PackedMasks(
         (name, others[name].pattern.mask(np.abs(call.weight), others[name].density, call.layer.groups))
         for call in layer_calls(module)

@@ -13,6 +13,7 @@ from tests.models import Net, light_model, shared_model, small_cnn  # noqa: E402
 from tests.small_models import SMALL_MODELS  # noqa: E402
 from tvm_nm.errors import UnsupportedModelError  # noqa: E402
 from tvm_nm.reference import reference_model_path  # noqa: E402
+from tvm_nm.torch import functions  # noqa: E402
 from tvm_nm.torch.importer import import_model  # noqa: E402
 from tvm_nm.torch.renormalise import insert_batch_norms  # noqa: E402
 
@@ -161,3 +162,20 @@ def test_a_dead_channel_survives_an_inserted_batch_norm() -> None:
     feed = random_feed(model)
     insert_batch_norms(imported, [torch.from_numpy(feed["input"])])
     assert_same(run_onnx(imported.to_onnx(), feed), run_onnx(model, feed), 1e-4)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 6.0), (-1.0, None), (None, 2.0), (3.0, 1.0), (None, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_clip_and_its_gradient(bounds: tuple[float | None, float | None], dtype: torch.dtype) -> None:
+    x = torch.tensor([-4.5, -0.5, 0.5, 2.5, 5.5, 7.5]).to(dtype)
+    low, high = bounds
+    wanted = x if low is None else torch.clamp(x, min=low)
+    wanted = wanted if high is None else torch.clamp(wanted, max=high)
+    if x.is_floating_point():
+        x.requires_grad_()
+    found = functions.clip(x, low, high)
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found, wanted)
+    if x.is_floating_point():
+        found.sum().backward()
+        assert torch.equal(x.grad, (found == x).to(dtype))

@@ -13,6 +13,9 @@ import numpy as np
 import onnx
 import pytest
 
+from tvm_nm.patterns import parse_pattern
+from tvm_nm.plan import LayerChoice, Plan
+
 pytest.importorskip("torch", reason="the extra torch is not installed")
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -98,7 +101,10 @@ def test_the_second_paper_is_resumed_and_measured(cifar: list[str], tmp_path: Pa
 @pytest.mark.slow
 def test_the_first_paper_in_small(cifar: list[str], tmp_path: Path, run: Callable[..., str]) -> None:
     options = ["--work", str(tmp_path), "--epochs", "1", "--tune-epochs", "1", "--batch", "24", "--width", "0.5"]
-    output = run("reproduce_papers", "first", *cifar, *options, "--rows", "dense", "all patterns, calibrated")
+    rows = ["--rows", "dense", "all patterns, calibrated"]
+    assert "training dense-0" not in run("reproduce_papers", "first", *cifar, *options, *rows, "--prune-only")
+    assert (tmp_path / "first" / "all_patterns__calibrated.plan.json").is_file()
+    output = run("reproduce_papers", "first", *cifar, *options, *rows)
     assert "| all patterns, calibrated |" in output
 
 
@@ -117,3 +123,32 @@ def test_the_study_of_fine_tuning_in_small(
     assert "training " not in run("finetune_study", *options)
     with pytest.raises(SystemExit, match="other settings"):
         run("finetune_study", *options, "--lr", "0.5")
+
+
+def test_the_study_of_fine_tuning_takes_plans_and_pruned_networks(
+    cifar: list[str], tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import paper_networks
+
+    model = paper_networks.vgg16_bn(0.125)
+    onnx.save(model, tmp_path / "model.onnx")
+    choice = LayerChoice("conv3_2", parse_pattern("1x16"), 0.5)
+    Plan((choice,)).save(tmp_path / "fast.plan.json")
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "conv5_1.weight")
+    half = onnx.numpy_helper.to_array(weight) * (np.arange(weight.dims[1]) % 2)[:, None, None]
+    weight.CopyFrom(onnx.numpy_helper.from_array(half.astype(np.float32), weight.name))
+    onnx.save(model, tmp_path / "other.onnx")
+    options = [str(tmp_path / "model.onnx"), *cifar, "--work", str(tmp_path / "work"), "--epochs", "1", "--batch", "24"]
+    options += ["--distill", "0", "--patterns", str(tmp_path / "fast.plan.json")]
+    output = run("finetune_study", *options, "--pruned", f"taken={tmp_path / 'other.onnx'}")
+    assert re.search(rf"^\| {re.escape(str(tmp_path / 'fast.plan.json'))} \|", output, re.MULTILINE)
+    assert re.search(r"^\| taken \|", output, re.MULTILINE)
+    for stem, name in (("fast.plan", "conv3_2.weight"), ("taken", "conv5_1.weight")):
+        trained = onnx.load(tmp_path / "work" / f"{stem}-trained-0.onnx")
+        for tensor in trained.graph.initializer:
+            if tensor.name.endswith("weight") and len(tensor.dims) == 4:
+                share = np.count_nonzero(onnx.numpy_helper.to_array(tensor)) / np.prod(tensor.dims)
+                assert share == pytest.approx(0.5 if tensor.name == name else 1.0, abs=0.01), tensor.name
+    with pytest.raises(SystemExit):
+        run("finetune_study", *options, "--pruned", "none=" + str(tmp_path / "none.onnx"))

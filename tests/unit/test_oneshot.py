@@ -18,10 +18,12 @@ from tvm_nm.cli import cli
 from tvm_nm.compiler import compile as compile_model
 from tvm_nm.detect import detect_pattern
 from tvm_nm.errors import CalibrationError, PlanError
+from tvm_nm.frontend import import_onnx
 from tvm_nm.layer_pruning import Method, fit_layer, relative_error
 from tvm_nm.moments import MomentsAccumulator
 from tvm_nm.oneshot import images_per_run
 from tvm_nm.onnx_network import LayerNode, LayerWeights, OnnxNetwork
+from tvm_nm.onnx_pruning import prune_imported
 from tvm_nm.onnx_weights import replace_weights
 from tvm_nm.patterns import Dense, parse_pattern
 from tvm_nm.plan import LayerChoice, Plan
@@ -180,6 +182,16 @@ def test_store_within_its_budget() -> None:
 def test_unknown_layers() -> None:
     with pytest.raises(PlanError, match="frist"):
         reconstruct(OnnxNetwork(small_network()), plan("2:4", None, "frist"), batches()())
+
+
+def test_a_plan_for_layers_that_do_not_exist(tmp_path: Path) -> None:
+    onnx.save(small_network(1), tmp_path / "model.onnx")
+    imported = import_onnx(tmp_path / "model.onnx", verify=False)
+    images = ArrayImages(RNG.standard_normal((4, 3, 8, 8)).astype(np.float32))
+    model = onnx.load(tmp_path / "model.onnx")
+    for method in (Method.OBS, Method.MAGNITUDE):
+        with pytest.raises(PlanError, match=r"layer 'first\.weight'.*first"):
+            prune_imported(imported, [imported.module], model, plan("2:4", None, "first.weight"), images, method)
 
 
 @pytest.mark.parametrize("bn", [False, True])

@@ -26,11 +26,7 @@ import onnx
 from tvm_nm.agreement import top1_interval
 from tvm_nm.calibration import ArrayImages, CalibrationImages, Preprocessing, open_images
 from tvm_nm.evaluation import answers_of_onnx, compare
-from tvm_nm.frontend import import_onnx
 from tvm_nm.json_file import write_text
-from tvm_nm.layer_pruning import Method
-from tvm_nm.onnx_pruning import prune_imported
-from tvm_nm.plan import Plan
 from tvm_nm.pruning import PruneRequest, prune_file
 from tvm_nm.reference import preprocess, reference_model_path
 from tvm_nm.torch import Augmentation, Objective, TrainingOptions, train
@@ -72,12 +68,7 @@ class Study:
         if path.is_file():
             return path
         if text.endswith(".json"):
-            imported = import_onnx(self.model, verify=False)
-            plan = Plan.load(text)
-            done = prune_imported(
-                imported, [imported.module], onnx.load(self.model), plan, self.calibration, Method.OBS
-            )
-            onnx.save(done.model, path)
+            prune_file(self.model, path, PruneRequest.make("dense"), images=self.calibration, plan=text)
         else:
             form, _, density = text.partition("@")
             request = PruneRequest.make(form, float(density) if density else None)

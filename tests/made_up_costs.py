@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tvm_nm.compiler import model_sha256, resolve_target
+from tvm_nm.compiler import resolve_target
 from tvm_nm.cost_measure import TEMPLATE_REVISION
 from tvm_nm.costs import Candidate, CostTable, LayerCosts
-from tvm_nm.fingerprint import plain_target, structure_digest
+from tvm_nm.fingerprint import model_sha256, plain_target, structure_digest
 from tvm_nm.frontend import import_onnx
 from tvm_nm.importance import add_norms
 from tvm_nm.inventory import inventory, layer_weights

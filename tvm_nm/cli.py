@@ -73,6 +73,9 @@ def _prune_options(command: _F) -> _F:
     return command
 
 
+_plan_option = click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Prune as this plan says."
+)
 _rearrange_option = click.option(
     "--rearrange",
     type=click.Choice(["none", "sort", "cluster", "swap"]),
@@ -94,7 +97,7 @@ _json_option = click.option("--json", "json_file", metavar="FILE", help="Write t
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="[default: MODEL-tvm]")
 @_prune_options
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Prune as this plan says.")
+@_plan_option
 @goal_options
 @gate_options
 @_calibration_options
@@ -294,6 +297,7 @@ def inspect(path: Path, shapes: tuple[str, ...], as_json: bool) -> None:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
 @_prune_options
+@_plan_option
 @_calibration_options
 @_rearrange_option
 @_shape_option
@@ -305,6 +309,7 @@ def prune(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     method: str | None,
+    plan_file: Path | None,
     calib: Path | None,
     calib_images: int | None,
     preprocess: str | None,
@@ -318,18 +323,21 @@ def prune(
     """
     from tvm_nm.pruning import DEFAULT_PATTERN, DEFAULT_REARRANGE, PruneRequest, prune_file
 
+    if plan_file is not None and (pattern or density or include or exclude):
+        raise click.UsageError("--pattern, --density, --include and --exclude do not go with a plan")
     chosen = pattern or DEFAULT_PATTERN
     request = PruneRequest.make(chosen, density, include, exclude, method, rearrange or DEFAULT_REARRANGE)
     with Steps() as steps:
         steps("pruning")
         images = _images(calib, calib_images, preprocess)
-        done = prune_file(model, output, request, _shapes(shapes), images, steps)
+        done = prune_file(model, output, request, _shapes(shapes), images, steps, plan_file)
     masks = done.masks
     kept, total = sum(int(mask.sum()) for mask in masks.values()), sum(mask.size for mask in masks.values())
     if done.rearrangement is not None:
         before, after = done.rearrangement.kept
         click.echo(f"rearranged channels: {after:.1%} of the {done.rearrangement.measure} is kept, not {before:.1%}")
-    click.echo(f"pruned {len(masks)} layers to {request.pattern}: {kept} of their {total} weights are left")
+    form = request.pattern if plan_file is None else "the plan"
+    click.echo(f"pruned {len(masks)} layers to {form}: {kept} of their {total} weights are left")
     click.echo(f"written to {output}")
 
 

@@ -213,7 +213,8 @@ def plan_command(
 
 
 def _check(path: Path, model: Path, options: dict[str, Any]) -> None:
-    from tvm_nm.compiler import model_sha256, resolve_target
+    from tvm_nm.compiler import resolve_target
+    from tvm_nm.fingerprint import model_sha256
     from tvm_nm.frontend import import_onnx
     from tvm_nm.inventory import inventory
     from tvm_nm.plan import Plan

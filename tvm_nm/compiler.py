@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -22,11 +21,12 @@ import tvm
 from tvm_nm.artifact import LIBRARY, REPORT, check_output, staged_artifact
 from tvm_nm.environment import check_environment, missing_features, package_versions
 from tvm_nm.errors import CalibrationError, EnvironmentMismatchError, ModelMismatchError, PlanError
+from tvm_nm.fingerprint import model_sha256
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.gate import Gate, Recipe, check_build
 from tvm_nm.inventory import inventory, layer_calls
 from tvm_nm.layer_pruning import Method
-from tvm_nm.linker import export_library, file_sha256
+from tvm_nm.linker import export_library
 from tvm_nm.manifest import MANIFEST, Manifest, Verification
 from tvm_nm.masks import BoolArray, PackedMasks
 from tvm_nm.onnx_pruning import PrunedOnnx, prune_imported
@@ -52,7 +52,7 @@ from tvm_nm.runtime import CompiledModel, release_memory
 from tvm_nm.schedules.machine import host_target, target_from_json
 from tvm_nm.tuning.tables import tuned_kernels
 
-__all__ = ["TOLERANCE", "compile", "model_sha256", "processor", "resolve_target", "write_library"]
+__all__ = ["TOLERANCE", "compile", "processor", "resolve_target", "write_library"]
 
 TOLERANCE = 1e-3
 """Largest difference from onnxruntime that a build may have, relative to the output's largest value.
@@ -333,14 +333,6 @@ def resolve_target(
     if not isinstance(target, Mapping):
         raise EnvironmentMismatchError(f"target {target!r} is not a dictionary")
     return target_from_json(dict(target), threads)
-
-
-def model_sha256(imported: ImportedModel) -> str:
-    """Return the hash of the model's file, or of the serialised model where there was no file."""
-    if imported.path is not None:
-        return file_sha256(imported.path)
-    assert isinstance(imported.source, onnx.ModelProto)
-    return hashlib.sha256(imported.source.SerializeToString(deterministic=True)).hexdigest()
 
 
 @contextlib.contextmanager

@@ -18,11 +18,11 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 
-from tvm_nm.compiler import model_sha256, write_library
+from tvm_nm.compiler import write_library
 from tvm_nm.cost_merge import interpolate_times
 from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource
 from tvm_nm.errors import PlanError
-from tvm_nm.fingerprint import plain_target, structure_digest
+from tvm_nm.fingerprint import model_sha256, plain_target, structure_digest
 from tvm_nm.frontend import ImportedModel
 from tvm_nm.inventory import Layer, inventory
 from tvm_nm.manifest import MANIFEST

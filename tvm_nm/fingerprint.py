@@ -7,10 +7,23 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
+from tvm_nm.linker import file_sha256
+
 if TYPE_CHECKING:
+    from tvm_nm.frontend import ImportedModel
     from tvm_nm.inventory import Layer
 
-__all__ = ["plain_target", "structure_digest"]
+__all__ = ["model_sha256", "plain_target", "structure_digest"]
+
+
+def model_sha256(imported: ImportedModel) -> str:
+    """Return the hash of the model's file, or of the serialised model where there was no file."""
+    if imported.path is not None:
+        return file_sha256(imported.path)
+    assert isinstance(imported.source, onnx.ModelProto)
+    return hashlib.sha256(imported.source.SerializeToString(deterministic=True)).hexdigest()
 
 
 def structure_digest(layers: Sequence[Layer]) -> str:

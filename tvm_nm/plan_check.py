@@ -34,7 +34,7 @@ class PlanDifference:
     after: LayerChoice | None
 
 
-def check_plan(plan: Plan, layers: Sequence[Layer], model_sha256: str, target: Any) -> None:
+def check_plan(plan: Plan, layers: Sequence[Layer], model_sha256: str, target: Any = None) -> None:
     """Check that a plan can be applied to a model, and was made for it and for the target.
 
     Parameters
@@ -46,7 +46,7 @@ def check_plan(plan: Plan, layers: Sequence[Layer], model_sha256: str, target: A
     model_sha256
         Hash of the model's file.
     target
-        The `tvm.target.Target`, with its number of threads.
+        The `tvm.target.Target`, with its number of threads; None where weights are pruned without building anything.
 
     Raises
     ------
@@ -106,6 +106,8 @@ def check_match(
         raise PlanError(f"{what} was made for another network ({made_for['model']}): its layers differ; plan again")
     if made_for["model_sha256"] != model_sha256:
         raise PlanError(f"{what} was made for {made_for['model']} with other weights: the file differs; plan again")
+    if target is None:
+        return
     here, threads = plain_target(json.loads(str(target))), int(target.attrs["num-cores"])
     if plain_target(made_for["target"]) != here:
         raise PlanError(

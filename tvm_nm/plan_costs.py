@@ -9,12 +9,13 @@ from pathlib import Path
 
 import tvm
 
-from tvm_nm.compiler import model_sha256, processor
+from tvm_nm.compiler import processor
 from tvm_nm.cost_measure import CandidateGrid, measure_costs
 from tvm_nm.cost_merge import merge_tables
 from tvm_nm.costs import CostTable
 from tvm_nm.environment import missing_features
 from tvm_nm.errors import EnvironmentMismatchError, PlanError
+from tvm_nm.fingerprint import model_sha256
 from tvm_nm.frontend import ImportedModel
 from tvm_nm.importance import NORMS, add_norms
 from tvm_nm.inventory import inventory, layer_weights

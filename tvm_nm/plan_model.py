@@ -14,12 +14,13 @@ import onnx
 import tvm
 
 from tvm_nm.calibration import CalibrationImages, embedded_images
-from tvm_nm.compiler import model_sha256, resolve_target
+from tvm_nm.compiler import resolve_target
 from tvm_nm.constraints import Constraints
 from tvm_nm.cost_measure import CandidateGrid
 from tvm_nm.costs import CostTable
 from tvm_nm.environment import check_environment
 from tvm_nm.errors import PlanError
+from tvm_nm.fingerprint import model_sha256
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import inventory
 from tvm_nm.layer_pruning import Method

@@ -16,6 +16,7 @@ import tvm
 from tvm_nm.calibration import CalibrationImages
 from tvm_nm.detect import Detection, detect_pattern
 from tvm_nm.errors import ArtifactError, CalibrationError, PlanError
+from tvm_nm.fingerprint import model_sha256
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import Layer, inventory, layer_calls
 from tvm_nm.layer_pruning import Method
@@ -26,6 +27,7 @@ from tvm_nm.passes.rearrange import LayerOrder
 from tvm_nm.passes.rearrange import rearrange as rearrange_module
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 from tvm_nm.plan import Plan, uniform_plan
+from tvm_nm.plan_check import check_plan
 from tvm_nm.rearrangement import OrderSearch, check_search
 
 __all__ = [
@@ -196,6 +198,7 @@ def prune_file(
     shapes: Mapping[str, Sequence[int]] | None = None,
     images: Images | None = None,
     progress: Callable[[str], None] | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
 ) -> PrunedOnnx:
     """Prune an ONNX file; the result is the same model with zeros among its weights.
 
@@ -224,17 +227,24 @@ def prune_file(
     UnsupportedModelError
         If the model cannot be read.
     PlanError
-        If a glob matches no layer, or the new order of channels cannot be carried through.
+        If a glob matches no layer, the plan is for something else, or the new order of channels cannot be carried
+        through.
     ArtifactError
-        If the output cannot be written.
+        If the plan cannot be read or the output cannot be written.
     """
     source, target = Path(model), Path(output)
     if target.exists() and source.exists() and target.samefile(source):
         raise ArtifactError(f"{target} is the model itself; choose another output")
+    if plan is not None and not isinstance(plan, Plan):
+        plan = Plan.load(plan)
     imported = import_onnx(source, shapes=shapes, verify=False)
     data = open_for(imported, images)
     method = chosen_method(request.method, data)
-    plan, modules = request.plan(imported.module), [imported.module]
+    if plan is None:
+        plan = request.plan(imported.module)
+    else:
+        check_plan(plan, inventory(imported.module), model_sha256(imported))
+    modules = [imported.module]
     imported = dataclasses.replace(imported, module=tvm.IRModule())
     done = prune_imported(imported, modules, onnx.load(source), plan, data, method, request.rearrange, progress)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")

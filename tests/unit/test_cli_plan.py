@@ -19,6 +19,7 @@ from tvm_nm.frontend import import_onnx
 from tvm_nm.inventory import inventory
 from tvm_nm.manifest import Manifest
 from tvm_nm.plan import Plan
+from tvm_nm.pruning import inspect_model
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,29 @@ def test_calibrated_errors_and_search(model: Path, costs: Path, tmp_path: Path) 
     assert "pruning" not in other.stderr
     assert "give --calib" in fails(*common[:3], costs, *common[4:], "--metric", "output")
     assert "give --calib" in fails(*common, "--search")
+
+
+def test_prune_takes_a_plan(model: Path, costs: Path, tmp_path: Path) -> None:
+    plan, pruned = tmp_path / "plan.json", tmp_path / "pruned.onnx"
+    result = run(
+        "plan", model, "--costs", costs, "--speedup", "1.25", "--plan-rounds", "0", "--threads", "1", "-o", plan
+    )
+    assert result.exit_code == 0, result.output
+    choices = {choice.name: choice for choice in Plan.load(plan).layers if str(choice.pattern) != "dense"}
+    assert choices
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32))
+    for more in ((), ("--calib", tmp_path / "images.npy")):
+        result = run("prune", model, "--plan", plan, "-o", pruned, *more)
+        assert result.exit_code == 0, result.output
+        assert f"pruned {len(choices)} layers to the plan" in result.output
+        for found in inspect_model(pruned):
+            wanted = choices.get(found.layer.name)
+            assert found.detection.density == pytest.approx(1.0 if wanted is None else wanted.density, abs=0.02)
+    assert "do not go with a plan" in fails("prune", model, "--plan", plan, "-o", pruned, "--pattern", "2:4")
+    other = small_cnn()
+    next(t for t in other.graph.initializer if len(t.dims) == 4).raw_data = bytes(8 * 3 * 3 * 3 * 4)
+    onnx.save(other, tmp_path / "other.onnx")
+    assert "other weights" in fails("prune", tmp_path / "other.onnx", "--plan", plan, "-o", pruned)
 
 
 def test_compile_prunes_in_sequence_or_stitches(model: Path, costs: Path, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import math
 import pytest
 from models import small_cnn
 
-from tvm_nm.compiler import model_sha256, resolve_target
+from tvm_nm.compiler import resolve_target
 from tvm_nm.cost_measure import CandidateGrid, measure_costs
 from tvm_nm.costs import TimeSource
 from tvm_nm.errors import PlanError
-from tvm_nm.fingerprint import structure_digest
+from tvm_nm.fingerprint import model_sha256, structure_digest
 from tvm_nm.frontend import import_onnx
 from tvm_nm.inventory import inventory
 from tvm_nm.patterns import NM, Dense, OneByN

@@ -10,9 +10,9 @@ import pytest
 from models import Net, small_cnn
 
 import tvm_nm
-from tvm_nm.compiler import model_sha256, resolve_target
+from tvm_nm.compiler import resolve_target
 from tvm_nm.errors import PlanError
-from tvm_nm.fingerprint import plain_target, structure_digest
+from tvm_nm.fingerprint import model_sha256, plain_target, structure_digest
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import inventory
 from tvm_nm.patterns import Dense, OneByN

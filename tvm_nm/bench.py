@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from tvm_nm.call_clock import CallTimer
 from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.fma_peak import FmaPeak
-from tvm_nm.layer_bench import LayerAlone, layers_alone
+from tvm_nm.layer_bench import layers_alone
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.layer_times import LayerTime, mean_share_of_peak, pruned_layers
 from tvm_nm.network_times import layer_calls
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel
 
 __all__ = [
     "BenchmarkResult",
-    "LayerTime",
     "Timing",
     "benchmark",
     "measure",
@@ -76,46 +76,6 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTime:
-    """Time of a layer, of the calls of another function, or of the virtual machine's own work, in one inference.
-
-    Attributes
-    ----------
-    name
-        The layer's or function's name, or ``other``.
-    layer
-        What is known of the layer; None for anything else.
-    calls
-        Calls in one inference.
-    time_us
-        Median over the inferences measured.
-    peak_gflops
-        The FMA peak of the same run: median of readings between the inferences.
-    alone
-        The layer by itself, sparse and dense, if that was measured.
-    """
-
-    name: str
-    layer: LayerReport | None
-    calls: int
-    time_us: float
-    peak_gflops: float = 0.0
-    alone: LayerAlone | None = None
-
-    @property
-    def gflops(self) -> float:
-        """Multiplications and additions that the kernel executes, in 1e9 a second; 0 for what is no layer."""
-        return 2e-3 * self.layer.kept_macs / self.time_us if self.layer and self.time_us else 0.0
-
-    @property
-    def share_of_peak(self) -> float:
-        """Operations with weights that are not zero, a second, over the FMA peak; 0 for what is no layer."""
-        if self.layer is None or not self.time_us or not self.peak_gflops:
-            return 0.0
-        return 2e-3 * self.layer.macs * self.layer.density / self.time_us / self.peak_gflops
-
-
-@dataclass(frozen=True, slots=True)
 class BenchmarkResult:
     """What `benchmark` measured.
 
@@ -150,6 +110,7 @@ class BenchmarkResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-ready values."""
+        pruned = pruned_layers(self.layers)
         return {
             "model": self.model,
             "threads": self.ours.threads,
@@ -158,6 +119,7 @@ class BenchmarkResult:
             "layers": [
                 {**asdict(layer), "gflops": layer.gflops, "share_of_peak": layer.share_of_peak} for layer in self.layers
             ],
+            "pruned_share_of_peak": mean_share_of_peak(pruned) if pruned else None,
         }
 
 

@@ -26,6 +26,7 @@ __all__ = ["tune_command"]
 @click.option(
     "--trials", type=click.IntRange(min=1), metavar="N", help="Most variants to try for a task. [default: 24]"
 )
+@click.option("--thorough", is_flag=True, help="Try all --trials of every task, also where nothing better is found.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
 @click.option("--target", metavar="JSON", help="TVM target, which must run on this machine.")
 @click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
@@ -40,6 +41,7 @@ def tune_command(
     exclude: tuple[str, ...],
     minutes: float | None,
     trials: int | None,
+    thorough: bool,
     threads: int | None,
     target: str | None,
     shapes: tuple[str, ...],
@@ -68,6 +70,7 @@ def tune_command(
             shapes=parse_shape_options(shapes),
             trials=trials or DEFAULT_TRIALS,
             minutes=minutes,
+            thorough=thorough,
             retune=retune,
             progress=progress,
         )

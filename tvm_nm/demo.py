@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tvm_nm.bench import LayerTime, Timing, measure, onnxruntime_runner, profile_layers
+from tvm_nm.bench import Timing, measure, onnxruntime_runner, profile_layers
 from tvm_nm.calibration import embedded_images
 from tvm_nm.compiler import compile as compile_model
 from tvm_nm.layer_pruning import Method
+from tvm_nm.layer_times import LayerTime
 from tvm_nm.pruning import PruneRequest
 from tvm_nm.reference import reference_card, reference_model_path, test_set, top1
 from tvm_nm.reference_run import random_inputs

@@ -13,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from tvm_nm.layer_report import LayerReport
+from tvm_nm.layer_times import LayerTime, mean_share_of_peak, pruned_layers
 from tvm_nm.manifest import Manifest
 from tvm_nm.patterns import Dense
 from tvm_nm.rearrangement_report import RearrangementReport
 from tvm_nm.reference_run import TensorSpec
 
 if TYPE_CHECKING:
-    from tvm_nm.bench import LayerTime, Timing
+    from tvm_nm.bench import Timing
     from tvm_nm.pruning import LayerSparsity
 
 __all__ = [
@@ -186,6 +187,10 @@ def layer_times_table(times: Sequence[LayerTime]) -> Table:
             _layer_note(time),
         )
     table.add_section()
+    if pruned := pruned_layers(times):
+        together = sum(time.time_us for time in pruned)
+        row = f"{len(pruned)} pruned layers", *[""] * 5, f"{together:.1f}", f"{together / total:.1%}", ""
+        table.add_row(*row, f"{mean_share_of_peak(pruned):.0%}")
     table.add_row("sum", "", "", "", "", "", f"{total:.1f}")
     return table
 

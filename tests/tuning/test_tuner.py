@@ -142,6 +142,13 @@ def test_a_search_keeps_to_its_limit() -> None:
     assert count == 7
 
 
+def test_a_thorough_search_stops_at_its_limit_only() -> None:
+    landscape = Landscape(Search(TASK, MACHINE, TrialTable(TARGET), "thorough", 40))
+    landscape.run(best="none of them")
+    tried = [variant for batch in landscape.batches for variant in batch]
+    assert len(set(tried)) == len(tried) == 40
+
+
 def test_a_search_starts_from_what_won_nearby() -> None:
     half = KernelTask("conv", TASK.workload, 1, IndexKind.CHANNEL, 16, 8)
     unlikely = variant_text(ranked_kernels(half, MACHINE, 12)[-1])

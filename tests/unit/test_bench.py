@@ -13,8 +13,9 @@ from models import small_cnn
 
 import tvm_nm
 from tvm_nm import bench
-from tvm_nm.bench import BenchmarkResult, LayerTime, Timing, measure, onnxruntime_runner, profile_layers
+from tvm_nm.bench import BenchmarkResult, Timing, measure, onnxruntime_runner, profile_layers
 from tvm_nm.errors import ArtifactError, UnsupportedModelError
+from tvm_nm.layer_times import LayerTime
 from tvm_nm.reference_run import random_inputs
 from tvm_nm.runtime import CompiledModel
 

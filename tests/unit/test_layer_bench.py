@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from models import Net
 
 import tvm_nm
-from tvm_nm.bench import LayerTime
 from tvm_nm.cli import cli
 from tvm_nm.layer_bench import LayerAlone, layers_alone
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.layer_shape import LayerShape, layer_model
+from tvm_nm.layer_times import LayerTime, mean_share_of_peak, pruned_layers
 from tvm_nm.reference_run import TensorSpec, random_inputs, run_onnx
 from tvm_nm.report import layer_times_table, to_text
 from tvm_nm.runtime import CompiledModel
@@ -105,6 +105,20 @@ def test_the_command_shows_and_keeps_the_times(model: CompiledModel, tmp_path: P
     assert [entry["alone"] is not None for entry in layers if entry["layer"]] == [False, True, True, False]
     assert all(0 < entry["share_of_peak"] < 2 for entry in layers if entry["layer"])
     assert tvm_nm.load(directory).layers == model.layers
+
+
+def test_the_mean_share_is_that_of_the_layers_with_zeros() -> None:
+    def time(name: str, density: float, time_us: float) -> LayerTime:
+        return LayerTime(
+            name, LayerReport(name, "conv", "", "", "", density, "", "f", 1000, 1, 1, "", ""), 1, time_us, 1.0
+        )
+
+    times = [time("a", 0.5, 2.0), time("dense", 1.0, 2.0), time("b", 0.5, 8.0), LayerTime("pool", None, 1, 2.0, 1.0)]
+    assert [pruned.name for pruned in pruned_layers(times)] == ["a", "b"]
+    assert mean_share_of_peak(pruned_layers(times)) == pytest.approx((0.5 * 0.125) ** 0.5)
+    assert mean_share_of_peak([time("not measured", 0.5, 0.0)]) == 0
+    row = next(line for line in to_text(layer_times_table(times)).splitlines() if line.startswith("2 pruned layers"))
+    assert row.split()[-3:] == ["10.0", "71.4%", "25%"]
 
 
 def test_the_table_says_why_a_layer_is_dense_and_which_ones_should_be() -> None:

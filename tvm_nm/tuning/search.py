@@ -13,8 +13,10 @@ from tvm_nm.tuning.database import Trial, TrialTable
 
 __all__ = ["Effort", "Search"]
 
-Effort: TypeAlias = Literal["full", "light"]
-"""`full` for the first densities of a layer; `light` for those between, which start from what won beside them."""
+Effort: TypeAlias = Literal["light", "full", "thorough"]
+"""`full` for the first densities of a layer; `light` for those between, which start from what won beside them.
+
+`thorough` goes on to the limit although nothing better is found."""
 
 _BATCH = 6
 _GAIN = 0.98
@@ -59,7 +61,7 @@ class Search:
     def __post_init__(self) -> None:
         self.machine = replace(self.machine, threads=self.task.threads)
         self.default = variant_text(default_kernel(self.task, self.machine))
-        self.limit = self.limit if self.effort == "full" else min(self.limit, _LIGHT_TRIALS)
+        self.limit = min(self.limit, _LIGHT_TRIALS) if self.effort == "light" else self.limit
         ranked = ranked_kernels(self.task, self.machine, self.limit + _BATCH)
         self._ranked = [variant_text(kernel) for kernel in ranked]
         if not self.retune:
@@ -83,18 +85,26 @@ class Search:
     def propose(self) -> list[str]:
         """Return the next variants to try; none when the search is over."""
         room = self.limit - len(self.tried)
-        enough = self.effort == "light" or len(self.tried) >= _ENOUGH
-        if room <= 0 or self._idle >= (1 if enough else _PATIENCE):
+        if room <= 0 or self._gives_up:
             return []
         steps = self._steps()
         if self._first:
-            mix = [self.default, *self._seeds(), *(self._ranked[: _BATCH if self.effort == "full" else 2])]
+            mix = [self.default, *self._seeds(), *(self._ranked[: 2 if self.effort == "light" else _BATCH])]
         else:
             fresh = [variant for variant in self._ranked if variant not in self.tried]
-            mix = [*steps[: _BATCH // 2], *(fresh[: _BATCH // 2] if self.effort == "full" else []), *steps]
+            mix = [*steps[: _BATCH // 2], *([] if self.effort == "light" else fresh[: _BATCH // 2]), *steps]
+            if self.effort == "thorough":
+                mix += fresh
         self._first = False
         new = [variant for variant in dict.fromkeys(mix) if variant not in self.tried]
         return new[: min(room, _BATCH)]
+
+    @property
+    def _gives_up(self) -> bool:
+        if self.effort == "thorough":
+            return False
+        enough = self.effort == "light" or len(self.tried) >= _ENOUGH
+        return self._idle >= (1 if enough else _PATIENCE)
 
     def observe(self, trials: list[Trial]) -> None:
         """Take the results of a batch."""

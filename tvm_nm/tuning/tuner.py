@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 import tvm
@@ -38,6 +38,7 @@ DEFAULT_TRIALS = 24
 _GROUP = 8
 _ROUNDS = 6
 _FINAL_ROUNDS = 14
+_EFFORTS = get_args(Effort)
 _log = logging.getLogger(__name__)
 
 
@@ -134,6 +135,7 @@ def tune(
     shapes: Mapping[str, Sequence[int]] | None = None,
     trials: int = DEFAULT_TRIALS,
     minutes: float | None = None,
+    thorough: bool = False,
     retune: bool = False,
     progress: Progress | None = None,
 ) -> TuningSummary:
@@ -156,6 +158,8 @@ def tune(
         Most variants to try for a task.
     minutes
         Time after which no more trials are started; default: none.
+    thorough
+        Try as many variants of every task as `trials` says, at all densities, also where nothing better is found.
     retune
         Measure anew what the database holds.
     progress
@@ -180,7 +184,13 @@ def tune(
     found = model_tasks(module, machine_of(chosen), patterns, densities, tuple(include), tuple(exclude))
     del module
     return tune_tasks(
-        found, TuningDatabase(database, chosen), trials=trials, minutes=minutes, retune=retune, progress=progress
+        found,
+        TuningDatabase(database, chosen),
+        trials=trials,
+        minutes=minutes,
+        thorough=thorough,
+        retune=retune,
+        progress=progress,
     )
 
 
@@ -190,6 +200,7 @@ def tune_tasks(
     *,
     trials: int = DEFAULT_TRIALS,
     minutes: float | None = None,
+    thorough: bool = False,
     retune: bool = False,
     progress: Progress | None = None,
     group: int = _GROUP,
@@ -215,7 +226,9 @@ def tune_tasks(
     progress = progress or Progress()
     need_filelock()  # rather now than when there is something to write
     _check_runs_here(database.target)
-    ordered = _ordered(tasks)
+    ordered: list[tuple[ModelTask, Effort]] = _ordered(tasks)
+    if thorough:
+        ordered = [(item, "thorough") for item, _ in ordered]
     missing = [item for item in ordered if retune or not _is_done(database, *item)]
     progress.start(len(ordered), len(ordered) - len(missing))
     run = _Run(database, progress, trials, retune, building)
@@ -362,7 +375,7 @@ class _Run:
 
 def _is_done(database: TuningDatabase, item: ModelTask, effort: Effort) -> bool:
     how = database.finished.get(item.task)
-    return how == "full" or how == effort
+    return how in _EFFORTS and _EFFORTS.index(how) >= _EFFORTS.index(effort)
 
 
 def _ordered(tasks: Sequence[ModelTask]) -> list[tuple[ModelTask, Effort]]:

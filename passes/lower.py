@@ -20,10 +20,9 @@ from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues
 from tvm_nm.passes.select import Choice, choose_conv, choose_fc, conv_workload
 from tvm_nm.relax_numpy import as_constant
 from tvm_nm.schedules.blocked_layout import blocked_layout_func
-from tvm_nm.schedules.chain import blocked_shape
+from tvm_nm.schedules.chain import ChainKernel, blocked_shape
 from tvm_nm.schedules.chain_code import chain_prim_func
-from tvm_nm.schedules.channel_conv import ChannelConvKernel
-from tvm_nm.schedules.lane_conv import LaneConvKernel
+from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
 from tvm_nm.schedules.tuned import TunedKernels
@@ -172,7 +171,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         )
         # A kernel may see a pointwise layer's map as a single row of pixels, a fully connected layer as one pixel.
         in_shape, out_shape = layer.input_shape, layer.output_shape
-        if isinstance(kernel, (ChannelConvKernel, LaneConvKernel)):
+        if not isinstance(kernel, (FcKernel, ChainKernel)):
             in_shape, out_shape = kernel.workload.input_shape, kernel.workload.output_shape
         data = self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape)
         arguments = [data, as_constant(choice.packed.values)]

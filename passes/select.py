@@ -10,21 +10,17 @@ import numpy.typing as npt
 from tvm_nm.detect import Detection, detect_pattern
 from tvm_nm.inventory import Layer
 from tvm_nm.patterns import NM, Dense, Granularity, OneByN, SparsityPattern
-from tvm_nm.schedules.channel_conv import ChannelConvKernel
-from tvm_nm.schedules.channel_packing import pack_channel_conv
-from tvm_nm.schedules.conv import ConvKernel, IndexKind
+from tvm_nm.schedules.conv import IndexKind
+from tvm_nm.schedules.families import conv_family_of
 from tvm_nm.schedules.fc import FcKernel, choose_fc_kernel, pack_fc
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.lane_conv import LaneConvKernel
 from tvm_nm.schedules.lane_packing import pack_lane_conv
 from tvm_nm.schedules.lane_tiling import lane_candidates, lane_cycles
 from tvm_nm.schedules.machine import Machine
-from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row, pack_conv
-from tvm_nm.schedules.pair_conv import PairConvKernel
-from tvm_nm.schedules.pair_packing import pack_pair_conv
+from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row
 from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
 from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_cycles, winograd_fits
-from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 __all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload", "index_kind", "nm_of", "sparse_task"]
@@ -108,11 +104,12 @@ def choose_conv(
         sparse = _best_option(task, machine, tuned, winograd=winograd)
         ratio, measured = sparse.compared_with(dense)
         if ratio < (1 if measured else _CONV_WORTHWHILE) or always_sparse:
-            packed = _pack(sparse.kernel, weights)
+            packed = conv_family_of(sparse.kernel).pack(sparse.kernel, weights)
             return Choice(sparse.kernel, packed, str(detection.pattern), detection.density, "", sparse.tuning)
         how = "tuned" if measured else "predicted"
         note = f"{detection.pattern} at density {detection.density:.2f}: {how} {ratio:.2f}x the dense kernel's time"
-    return Choice(dense.kernel, _pack(dense.kernel, weights), "dense", detection.density, note, dense.tuning)
+    packed = conv_family_of(dense.kernel).pack(dense.kernel, weights)
+    return Choice(dense.kernel, packed, "dense", detection.density, note, dense.tuning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,19 +146,6 @@ def _best(tuned: TunedKernels | None, task: KernelTask) -> TunedKernel | None:
 def _option(task: KernelTask, machine: Machine, tuned: TunedKernels | None) -> _Option:
     default = default_kernel(task, machine)
     return _Option(default, kernel_cycles(default, machine), _best(tuned, task))
-
-
-def _pack(kernel: Kernel, weights: Weights) -> PackedWeights:
-    if isinstance(kernel, WinogradKernel):
-        return pack_winograd(kernel, weights)
-    if isinstance(kernel, ChannelConvKernel):
-        return pack_channel_conv(kernel, weights)
-    if isinstance(kernel, LaneConvKernel):
-        return pack_lane_conv(kernel, weights)
-    if isinstance(kernel, PairConvKernel):
-        return pack_pair_conv(kernel, weights)
-    assert isinstance(kernel, ConvKernel)
-    return pack_conv(kernel, weights)
 
 
 def choose_fc(

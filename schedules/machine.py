@@ -40,6 +40,10 @@ class Machine:
         """How many registers a micro-kernel may hold sums in; the rest hold operands."""
         return 24 if self.registers >= 32 else 12
 
+    def most_sums(self, channels: int = 1) -> int:
+        """Return how many sums leave registers for operands; a tile of one vector may have as many as its channels."""
+        return max(self.accumulators + self.registers // 8, channels)
+
     def imbalance(self, tasks: int) -> float:
         """Return how many times longer equal tasks take than if their work divided evenly among the threads."""
         return -(-tasks // self.threads) * self.threads / tasks

@@ -118,7 +118,7 @@ def winograd_candidates(
         if rows * columns <= _STAGED_TILES:
             cuts.append((rows, columns, True))
         for vectors in vector_counts:
-            most = machine.accumulators // vectors + (vectors == 4)
+            most = min(machine.accumulators // vectors + (vectors == 4), machine.most_sums() // vectors)
             for down, across, staged in cuts:
                 per_step = _tiles_per_step(down * across, most)
                 sizes = (machine.lanes, tile, down, across, vectors, per_step)

@@ -15,8 +15,15 @@ from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.kernel_task import ChainLinks, KernelTask, parse_task
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.tiling import choose_kernel
-from tvm_nm.schedules.variant_search import neighbours, ranked_kernels
-from tvm_nm.schedules.variants import default_kernel, kernel_cycles, kernel_from_text, variant_text, winograd_fits
+from tvm_nm.schedules.variants import (
+    default_kernel,
+    kernel_cycles,
+    kernel_from_text,
+    neighbours,
+    ranked_kernels,
+    variant_text,
+    winograd_fits,
+)
 from tvm_nm.schedules.winograd import winograd_applies
 from tvm_nm.workload import ConvWorkload, Epilogue
 
@@ -102,6 +109,16 @@ def test_every_variant_reads_back_from_its_text(task: KernelTask, machine: Machi
     assert ranked[0] == default_kernel(task, machine)
     assert len(set(ranked)) == len(ranked)
     for kernel in [*ranked, *neighbours(ranked[0], machine)]:
+        assert kernel_from_text(variant_text(kernel), task, machine) == kernel
+
+
+@pytest.mark.parametrize("machine", [AVX512, AVX2])
+@pytest.mark.parametrize(("block", "kept"), [(0, 0), (16, 64)])
+def test_winograd_variants_of_a_large_map_read_back(machine: Machine, block: int, kept: int) -> None:
+    work = ConvWorkload(1, 128, 128, 28, 28, (3, 3), padding=(1, 1, 1, 1))
+    index = IndexKind.CHANNEL if block else IndexKind.NONE
+    task = KernelTask("conv", work, 1, index, block, kept).as_winograd
+    for kernel in [*ranked_kernels(task, machine, 100), *neighbours(default_kernel(task, machine), machine)]:
         assert kernel_from_text(variant_text(kernel), task, machine) == kernel
 
 
@@ -214,5 +231,5 @@ def test_what_is_no_chain() -> None:
         parse_task(str(CHAINS[0]).replace("96x28x28->96", "96x27x28->96"))
     with pytest.raises(ValueError, match="chains have links"):
         KernelTask("chain", CHAINS[0].workload, 1)
-    with pytest.raises(ValueError, match="no variant of"):
+    with pytest.raises(ValueError, match="does not fit"):
         kernel_from_text("chain 2/2 band 3", CHAINS[0], AVX512)

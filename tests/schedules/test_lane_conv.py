@@ -22,8 +22,7 @@ from tvm_nm.schedules.lane_conv import LaneConvKernel, lane_conv_prim_func
 from tvm_nm.schedules.lane_packing import pack_lane_conv, random_lanes
 from tvm_nm.schedules.lane_tiling import lane_candidates, lane_cycles
 from tvm_nm.schedules.machine import machine_of
-from tvm_nm.schedules.variant_search import ranked_kernels
-from tvm_nm.schedules.variants import kernel_from_text, variant_text
+from tvm_nm.schedules.variants import kernel_from_text, ranked_kernels, variant_text
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 PROPERTY = {"deadline": None, "suppress_health_check": list(HealthCheck)}

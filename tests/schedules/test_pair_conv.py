@@ -22,8 +22,7 @@ from tvm_nm.schedules.pair_code import pair_conv_prim_func
 from tvm_nm.schedules.pair_conv import PairConvKernel
 from tvm_nm.schedules.pair_packing import pack_pair_conv, random_pairs
 from tvm_nm.schedules.pair_tiling import pair_candidates, pair_cycles
-from tvm_nm.schedules.variant_search import neighbours, ranked_kernels
-from tvm_nm.schedules.variants import kernel_from_text, variant_text
+from tvm_nm.schedules.variants import kernel_from_text, neighbours, ranked_kernels, variant_text
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 PROPERTY = {"deadline": None, "suppress_health_check": list(HealthCheck)}

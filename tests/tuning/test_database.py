@@ -14,8 +14,7 @@ from tvm_nm.errors import TuningError
 from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import machine_of
-from tvm_nm.schedules.variant_search import ranked_kernels
-from tvm_nm.schedules.variants import default_kernel, variant_text
+from tvm_nm.schedules.variants import default_kernel, ranked_kernels, variant_text
 from tvm_nm.tuning.database import Trial, TuningDatabase, target_name
 from tvm_nm.tuning.tables import KernelTables
 from tvm_nm.workload import ConvWorkload, Epilogue

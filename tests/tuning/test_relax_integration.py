@@ -23,8 +23,7 @@ from tvm_nm.pruning import PruneRequest, prune_module
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import host_target, machine_of
-from tvm_nm.schedules.variant_search import ranked_kernels
-from tvm_nm.schedules.variants import variant_text
+from tvm_nm.schedules.variants import ranked_kernels, variant_text
 from tvm_nm.tuning.database import Trial, TuningDatabase, open_records
 from tvm_nm.tuning.metaschedule import (
     OP_NAMES,

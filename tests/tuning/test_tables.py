@@ -11,8 +11,7 @@ import tvm
 
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, parse_task
 from tvm_nm.schedules.machine import machine_of
-from tvm_nm.schedules.variant_search import ranked_kernels
-from tvm_nm.schedules.variants import kernel_from_text, variant_text
+from tvm_nm.schedules.variants import kernel_from_text, ranked_kernels, variant_text
 from tvm_nm.tuning import tables
 from tvm_nm.tuning.tables import family_of, shipped_kernels, tuned_kernels
 

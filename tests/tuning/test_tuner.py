@@ -24,8 +24,7 @@ from tvm_nm.linker import export_library
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.kernel_task import KernelTask, parse_task
 from tvm_nm.schedules.machine import host_target, machine_of
-from tvm_nm.schedules.variant_search import neighbours, ranked_kernels
-from tvm_nm.schedules.variants import default_kernel, kernel_from_text, variant_text
+from tvm_nm.schedules.variants import default_kernel, kernel_from_text, neighbours, ranked_kernels, variant_text
 from tvm_nm.tuning import pool
 from tvm_nm.tuning.database import Trial, TrialTable, TuningDatabase
 from tvm_nm.tuning.pool import Candidate, Laboratory, Worker

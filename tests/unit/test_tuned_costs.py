@@ -15,8 +15,7 @@ from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import inventory
 from tvm_nm.patterns import Dense, OneByN
 from tvm_nm.schedules.machine import machine_of
-from tvm_nm.schedules.variant_search import ranked_kernels
-from tvm_nm.schedules.variants import variant_text
+from tvm_nm.schedules.variants import ranked_kernels, variant_text
 from tvm_nm.tuned_costs import add_tuned_times
 from tvm_nm.tuning.database import Trial, TuningDatabase
 from tvm_nm.tuning.tasks import conv_workloads, layer_task

@@ -30,14 +30,12 @@ from tvm import s_tir
 from tvm_nm.errors import TuningError
 from tvm_nm.schedules.apply import apply_template
 from tvm_nm.schedules.chain import ChainKernel
-from tvm_nm.schedules.conv import ConvKernel
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, KernelTask, parse_task
-from tvm_nm.schedules.machine import machine_of
+from tvm_nm.schedules.machine import Machine, machine_of
 from tvm_nm.schedules.tensor_intrin_stub import skip_tensor_intrinsics
-from tvm_nm.schedules.tiling import predicted_cycles
 from tvm_nm.schedules.transpose import register_named_intrinsics
 from tvm_nm.schedules.tuned import Origin, TunedKernel
-from tvm_nm.schedules.variants import Kernel, kernel_from_text, kernel_prim_func, variant_text
+from tvm_nm.schedules.variants import Kernel, kernel_cycles, kernel_from_text, kernel_prim_func, variant_text
 
 __all__ = ["Trial", "TrialTable", "TuningDatabase", "open_records", "target_name"]
 
@@ -147,7 +145,8 @@ class TrialTable:
         if kernel is None:
             return None
         if len(points) == 1:
-            latency_us = nearest.latency_us * _cycles_ratio(kernel, nearest.kernel)
+            machine = self._machine(task.threads)
+            latency_us = nearest.latency_us * kernel_cycles(kernel, machine) / kernel_cycles(nearest.kernel, machine)
         else:
             # The segment that holds this density, or the outermost one.
             above = next((i for i, point in enumerate(points) if point.task.kept >= task.kept), len(points) - 1)
@@ -168,10 +167,12 @@ class TrialTable:
                     return TunedKernel(task, kernel, found.latency_us, self._predicted)
         return None
 
+    def _machine(self, threads: int) -> Machine:
+        return replace(machine_of(self.target), threads=threads)
+
     def _kernel(self, variant: str, task: KernelTask) -> Kernel | None:
-        machine = replace(machine_of(self.target), threads=task.threads)
         try:
-            return kernel_from_text(variant, task, machine)
+            return kernel_from_text(variant, task, self._machine(task.threads))
         except ValueError as error:
             _log.info("a tuning record is not used: %s", error)
             return None
@@ -341,9 +342,3 @@ def _plain(target: tvm.target.Target) -> dict[str, Any]:
     described: dict[str, Any] = json.loads(str(target))
     kept = ("kind", "mcpu", "mattr") if described.get("mcpu") else ("kind", "mattr", "mtriple")
     return {key: value for key, value in described.items() if key in kept and value}
-
-
-def _cycles_ratio(kernel: Kernel, other: Kernel) -> float:
-    if isinstance(kernel, ConvKernel) and isinstance(other, ConvKernel):
-        return predicted_cycles(kernel) / predicted_cycles(other)
-    return kernel.macs / other.macs  # of FC layers, by what they read

@@ -7,8 +7,7 @@ from typing import Literal, TypeAlias
 
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
-from tvm_nm.schedules.variant_search import neighbours, ranked_kernels
-from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_from_text, variant_text
+from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_from_text, neighbours, ranked_kernels, variant_text
 from tvm_nm.tuning.database import Trial, TrialTable
 
 __all__ = ["Effort", "Search"]

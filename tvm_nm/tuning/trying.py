@@ -25,21 +25,10 @@ from tvm import te
 from tvm_nm.linker import export_library
 from tvm_nm.runtime import release_memory, use_threads
 from tvm_nm.schedules.apply import pass_context, schedule_function
-from tvm_nm.schedules.chain import ChainKernel
-from tvm_nm.schedules.chain_code import argument_shapes
-from tvm_nm.schedules.chain_packing import random_offsets
-from tvm_nm.schedules.channel_conv import ChannelConvKernel
-from tvm_nm.schedules.channel_packing import random_positions
-from tvm_nm.schedules.conv import ConvKernel
+from tvm_nm.schedules.families import family_of
 from tvm_nm.schedules.kernel_task import parse_task
-from tvm_nm.schedules.lane_conv import LaneConvKernel
-from tvm_nm.schedules.lane_packing import random_lanes
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
-from tvm_nm.schedules.packing import random_index_table
-from tvm_nm.schedules.pair_conv import PairConvKernel
-from tvm_nm.schedules.pair_packing import random_pairs
-from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_from_text, kernel_prim_func
-from tvm_nm.schedules.winograd import WinogradKernel, random_channels
+from tvm_nm.schedules.variants import default_kernel, kernel_from_text, kernel_prim_func
 
 __all__ = ["YARDSTICK", "build", "time_variants"]
 
@@ -125,8 +114,7 @@ class _Contestant:
     def __init__(self, run: dict[str, str], machine: Machine) -> None:
         kernel = kernel_from_text(run["variant"], parse_task(run["task"]), machine)
         self._function = tvm.runtime.load_module(run["path"])["main"]
-        rng = np.random.default_rng(0)
-        arrays = _arguments(kernel, rng)
+        arrays = family_of(kernel).random_arguments(kernel, np.random.default_rng(0))
         self._source = _flat(tvm.runtime.tensor(arrays[0]))
         self._arguments = [tvm.runtime.tensor(array) for array in arrays]
         self._input = _flat(self._arguments[0])
@@ -171,57 +159,13 @@ def _flat(tensor: Any) -> Any:
     return tensor._create_view((int(np.prod(tensor.shape)),))
 
 
-def _arguments(kernel: Kernel, rng: np.random.Generator) -> list[np.ndarray[Any, Any]]:
-    """Return valid arguments in order, the output last."""
-    block = rng.standard_normal(1 << 16, dtype=np.float32)
-
-    def values(*shape: int) -> np.ndarray[Any, Any]:
-        return np.resize(block, shape)  # a layer may have 100 million of them
-
-    if isinstance(kernel, ChainKernel):
-        tables = {"first_index": False, "last_index": True}
-        return [
-            random_offsets(kernel, rng, last=tables[name]) if name in tables else values(*shape)
-            for name, (shape, _) in argument_shapes(kernel).items()
-        ]
-    out: tuple[int, ...]
-    data: tuple[int, ...]
-    weight: tuple[int, ...]
-    if isinstance(kernel, (ConvKernel, ChannelConvKernel, LaneConvKernel, PairConvKernel, WinogradKernel)):
-        work = kernel.workload
-        out, data, weight = work.output_shape, work.input_shape, kernel.weight_shape
-        table = None
-        if isinstance(kernel, ConvKernel):
-            table = random_index_table(kernel, rng)
-        if isinstance(kernel, ChannelConvKernel):
-            table = random_positions(kernel, rng)
-        if isinstance(kernel, LaneConvKernel):
-            table = random_lanes(kernel, rng)
-        if isinstance(kernel, WinogradKernel):
-            table = random_channels(kernel, rng)
-        if isinstance(kernel, PairConvKernel):
-            table = random_pairs(kernel, rng)
-        residual, channels = work.epilogue.residual, work.out_channels
-    else:
-        out, data = (kernel.batch, kernel.out_features), (kernel.batch, kernel.in_features)
-        weight = (kernel.blocks, kernel.kept, kernel.block)
-        table = None
-        if kernel.sparse:
-            rows = [np.sort(rng.permutation(kernel.in_features)[: kernel.kept]) for _ in range(kernel.blocks)]
-            table = np.stack(rows).astype(kernel.index_dtype)
-        residual, channels = kernel.epilogue.residual, kernel.out_features
-    arrays = [values(*data), values(*weight)]
-    arrays += [] if table is None else [table]
-    arrays.append(values(channels))
-    arrays += [values(*out)] if residual else []
-    return [*arrays, np.zeros(out, np.float32)]
-
-
 def _yardstick_call(path: str, target: dict[str, Any]) -> Callable[[], object]:
     task = parse_task(YARDSTICK)
     _, machine = _target(target, task.threads)
     function = tvm.runtime.load_module(path)["main"]
-    arguments = [tvm.runtime.tensor(a) for a in _arguments(default_kernel(task, machine), np.random.default_rng(0))]
+    kernel = default_kernel(task, machine)
+    arrays = family_of(kernel).random_arguments(kernel, np.random.default_rng(0))
+    arguments = [tvm.runtime.tensor(array) for array in arrays]
     return lambda: function(*arguments)
 
 

@@ -38,7 +38,7 @@ def test_shipped_records_are_found_by_family_and_marked(monkeypatch: pytest.Monk
     best = found.best(task)
     assert best is not None
     assert (best.origin, best.predicted, best.kernel) == ("shipped", True, kernel)
-    assert tuned_kernels(HASWELL) is None
+    assert tuned_kernels(HASWELL) is None  # nothing of another family
     # A prediction from another machine's times is theirs, too: it does not compare with this machine's.
     other = found.best(task.with_kept(16))
     assert other is not None
@@ -48,8 +48,6 @@ def test_shipped_records_are_found_by_family_and_marked(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("target", [SKYLAKE, HASWELL], ids=family_of)
 def test_every_shipped_record_is_valid(target: tvm.target.Target) -> None:
     path = resources.files("tvm_nm") / "data" / "tuned" / f"{family_of(target)}.r{TEMPLATE_REVISION}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no records are shipped for {family_of(target)}")
     text = Path(str(path)).read_text()
     assert len(text) < 300_000
     lines = [json.loads(line) for line in text.splitlines()[1:]]

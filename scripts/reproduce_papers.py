@@ -143,12 +143,9 @@ class Reproduction:
             return found
         models = {}
         for row in {reference.name: reference, **{row.name: row for row in rows}}.values():
-            path = self.work / f"{_stem(row.name)}-{self.args.seeds[0]}.onnx"
-            plan = self.work / f"{_stem(row.name)}.plan.json"
             models[row.name] = compile_model(
-                path,
+                self.work / f"{_stem(row.name)}-{self.args.seeds[0]}.onnx",
                 pattern="dense",  # the zeros are in the file
-                plan=plan if plan.is_file() else None,
                 threads=self.args.threads,
                 database=self.args.db,
                 verify=False,

@@ -7,9 +7,11 @@ from typing import Any, TypeAlias
 from tvm_nm.schedules.chain import ChainKernel
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.conv import ConvKernel
+from tvm_nm.schedules.depthwise_conv import DepthwiseKernel
 from tvm_nm.schedules.families.base import ConvFamily, KernelFamily
 from tvm_nm.schedules.families.chain import ChainFamily
 from tvm_nm.schedules.families.channel import ChannelFamily
+from tvm_nm.schedules.families.depthwise import DepthwiseFamily
 from tvm_nm.schedules.families.feature import FeatureFamily
 from tvm_nm.schedules.families.lane import LaneFamily
 from tvm_nm.schedules.families.pair import PairFamily
@@ -24,18 +26,28 @@ from tvm_nm.schedules.winograd import WinogradKernel
 __all__ = ["ConvFamily", "Kernel", "KernelFamily", "conv_family_of", "families_for", "family_of"]
 
 Kernel: TypeAlias = (
-    ConvKernel | ChannelConvKernel | LaneConvKernel | PairConvKernel | WinogradKernel | FcKernel | ChainKernel
+    ConvKernel
+    | ChannelConvKernel
+    | DepthwiseKernel
+    | LaneConvKernel
+    | PairConvKernel
+    | WinogradKernel
+    | FcKernel
+    | ChainKernel
 )
 
 _CONV_FAMILIES: dict[type, ConvFamily[Any]] = {
     ConvKernel: PixelFamily(),
     ChannelConvKernel: ChannelFamily(),
+    DepthwiseKernel: DepthwiseFamily(),
     LaneConvKernel: LaneFamily(),
     PairConvKernel: PairFamily(),
     WinogradKernel: WinogradFamily(),
 }
 _FAMILIES: dict[type, KernelFamily[Any]] = {**_CONV_FAMILIES, FcKernel: FeatureFamily(), ChainKernel: ChainFamily()}
-_DIRECT = tuple(_FAMILIES[kernel] for kernel in (ConvKernel, ChannelConvKernel, LaneConvKernel, PairConvKernel))
+_DIRECT = tuple(
+    _FAMILIES[kernel] for kernel in (ConvKernel, ChannelConvKernel, DepthwiseKernel, LaneConvKernel, PairConvKernel)
+)
 
 
 def family_of(kernel: Kernel) -> KernelFamily[Any]:

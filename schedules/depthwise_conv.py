@@ -2,8 +2,8 @@
 
     Y[c, y, x] = sum over (ky, kx) of W[c, ky, kx] * X[c, y * sy + ky * dy - top, x * sx + kx * dx - left]
 
-Vectors run over channels, though the tensors are (N, C, H, W): both sides are transposed in registers, a square of lanes
-at a time. Between them a pixel is one aligned vector, whatever the map's width, stride and dilation, and what lies in
+Vectors run over channels, though the tensors are (N, C, H, W): both sides are transposed in registers, squares of lanes
+each. Between them a pixel is one aligned vector, whatever the map's width, stride and dilation, and what lies in
 the padding is skipped instead of multiplied by zeros. With vectors over pixels, rows of 7 fill 7 of 16 lanes, and most
 loads straddle cache lines; the transposes cost less than that.
 """

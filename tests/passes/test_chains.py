@@ -146,7 +146,7 @@ def test_zeros_are_skipped_within_a_chain() -> None:
 
 @pytest.mark.parametrize("pattern", ["2:4", "1x4"])
 def test_patterns_that_a_chain_cannot_skip(pattern: str) -> None:
-    mod = pruned(pattern, 16, 28)
+    mod = pruned(pattern, 16, 112)
     assert "tvm_nm_chain" not in kernels(lowered(mod, always_sparse=True))
     found = reports(mod)[1:4]
     assert [report.kernel.partition(" ")[0] for report in found] == ["chain"] * 3

@@ -158,7 +158,7 @@ def test_variants_are_offered_by_name(threads: int) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         kernel_from_text("depthwise 11 rows 3 task 2", task, machine)
     with pytest.raises(ValueError, match="no variant"):
-        kernel_from_text("depthwise 14", task, machine)
+        kernel_from_text("deep 14 rows 1 task 1", task, machine)
 
 
 def test_tasks_keep_threads_evenly_busy() -> None:

@@ -49,7 +49,7 @@ def _tile_cycles(vectors: int, pixels: int) -> float:
 
 
 def predicted_channel_cycles(kernel: ChannelConvKernel) -> float:
-    """Return the model's cycles of a kernel on one thread, comparable with `tiling.predicted_cycles`."""
+    """Return the model's cycles of a kernel on one thread, comparable with `pixel_cycles.predicted_cycles`."""
     work = kernel.workload
     pixels = work.out_pixels
     tasks = work.batch * work.groups * kernel.block_rows * kernel.tiles
@@ -105,7 +105,7 @@ def channel_candidates(
 
 
 def channel_cycles(kernel: ChannelConvKernel, machine: Machine) -> float:
-    """Return the model's cycles of a kernel, those of idle threads included, as `tiling.predicted_cycles` counts."""
+    """Return the cycles of a kernel, those of idle threads included, as `pixel_cycles.predicted_cycles` counts."""
     tasks = kernel.workload.batch * kernel.workload.groups * kernel.block_rows * kernel.tiles
     return predicted_channel_cycles(kernel) * machine.imbalance(tasks)
 

@@ -1,4 +1,4 @@
-"""Default decisions for a depthwise convolution: a count of cycles, in the unit of `tiling.predicted_cycles`.
+"""Default decisions for a depthwise convolution: a count of cycles, in the unit of `pixel_cycles.predicted_cycles`.
 
 Squares to transpose, FMAs of the windows without what lies in the padding, and the bytes of maps beyond L2. The
 constants were fitted to times of 16 layers, from 7x7 to 112x112 pixels with windows from 3x3 to 9x9, on an AVX-512
@@ -73,7 +73,7 @@ def _tile_columns(work: ConvWorkload, machine: Machine) -> list[int]:
 
 
 def depthwise_cycles(kernel: DepthwiseKernel, machine: Machine) -> float:
-    """Return the model's cycles of a kernel, those of idle threads included, as `tiling.predicted_cycles` counts."""
+    """Return the cycles of a kernel, those of idle threads included, as `pixel_cycles.predicted_cycles` counts."""
     work = kernel.workload
     # Rows that tasks share are transposed by each of them.
     rows = min(kernel.parts * (kernel.in_rows - kernel.rows * work.stride[0]), work.height * (kernel.parts - 1))

@@ -40,7 +40,7 @@ def _tile_cycles(vectors: int, pixels: int) -> float:
 
 
 def lane_cycles(kernel: LaneConvKernel, machine: Machine) -> float:
-    """Return the model's cycles of a kernel, those of idle threads included, as `tiling.predicted_cycles` counts."""
+    """Return the cycles of a kernel, those of idle threads included, as `pixel_cycles.predicted_cycles` counts."""
     work, pixels = kernel.workload, kernel.workload.out_pixels
     step = map_cycles(work, kernel.tile_rows, kernel.tile_columns, partial(_tile_cycles, kernel.vectors))
     blocks = kernel.kept // kernel.kept_per_block

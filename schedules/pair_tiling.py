@@ -1,4 +1,4 @@
-"""Default decisions for a channel-pair convolution: a count of cycles, in the unit of `tiling.predicted_cycles`.
+"""Default decisions for a channel-pair convolution: a count of cycles, in the unit of `pixel_cycles.predicted_cycles`.
 
 An input that both channels of a pair keep costs what its FMAs do; one that only one of them keeps, its load. Each visit
 of a pair to a block of the reduction carries its sums from and to L2, and mispredicts the ends of its loops.
@@ -33,7 +33,7 @@ _BLOCK_CHOICES = 3
 
 
 def pair_cycles(kernel: PairConvKernel, machine: Machine) -> float:
-    """Return the model's cycles of a kernel, those of idle threads included, as `tiling.predicted_cycles` counts."""
+    """Return the cycles of a kernel, those of idle threads included, as `pixel_cycles.predicted_cycles` counts."""
     work = kernel.workload
     full, rest = divmod(work.out_pixels, kernel.tile_pixels)
     tiles = full * _tile_cycles(kernel, kernel.tile_pixels) + (_tile_cycles(kernel, rest) if rest else 0.0)

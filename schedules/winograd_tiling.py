@@ -1,10 +1,10 @@
 """Default decisions of the Winograd family: which variant, and whether one beats the direct convolution.
 
-The model counts the cycles of each stage on one thread, in the units of `tiling.predicted_cycles`: the matrix products
-by FMAs and loads, the transforms by channel vectors of a tile and of its pixels, and what is streamed from beyond L2:
-the weights, once for each chunk, and the transformed inputs, once for each block of output channels, where they exceed
-L2. Its constants are such that the 3x3 layers of VGG-16 and ResNet-50 come out within about 20% of their measured
-times.
+The model counts the cycles of each stage on one thread, in the units of `pixel_cycles.predicted_cycles`: the matrix
+products by FMAs and loads, the transforms by channel vectors of a tile and of its pixels, and what is streamed from
+beyond L2: the weights, once for each chunk, and the transformed inputs, once for each block of output channels, where
+they exceed L2. Its constants are such that the 3x3 layers of VGG-16 and ResNet-50 come out within about 20% of their
+measured times.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ import numpy as np
 import onnx
 
 from tvm_nm.agreement import top1_interval
-from tvm_nm.calibration import ArrayImages, CalibrationImages, Preprocessing, open_images
+from tvm_nm.calibration import ArrayImages, CalibrationImages, open_images
 from tvm_nm.evaluation import answers_of_onnx, compare
 from tvm_nm.json_file import write_text
+from tvm_nm.preprocessing import Preprocessing
 from tvm_nm.pruning import PruneRequest, prune_file
 from tvm_nm.reference import preprocess, reference_model_path
 from tvm_nm.torch import Augmentation, Objective, TrainingOptions, train

@@ -24,9 +24,10 @@ import onnx
 from numpy.typing import NDArray
 
 from tvm_nm.agreement import Agreement, compare_answers, predict, top1_interval
-from tvm_nm.calibration import CalibrationImages, Preprocessing, batch_size, open_images
+from tvm_nm.calibration import CalibrationImages, batch_size, open_images
 from tvm_nm.onnx_network import OnnxNetwork
 from tvm_nm.patterns import parse_pattern
+from tvm_nm.preprocessing import Preprocessing
 from tvm_nm.pruning import PruneRequest, prune_file
 
 

@@ -34,7 +34,6 @@ from numpy.typing import NDArray
 
 from tvm_nm.agreement import compare_answers, predict, top1_interval
 from tvm_nm.calibration import CalibrationImages, batch_size, open_images
-from tvm_nm.compiler import resolve_target
 from tvm_nm.cost_measure import CandidateGrid, build_plan
 from tvm_nm.cost_merge import add_density
 from tvm_nm.costs import CostTable
@@ -51,6 +50,7 @@ from tvm_nm.plan_loop import MAX_ROUNDS, TOLERANCE, LoopResult, close_loop
 from tvm_nm.plan_search import search_plan
 from tvm_nm.planning import uniform_points
 from tvm_nm.runtime import CompiledModel
+from tvm_nm.targets import resolve_target
 from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.tables import tuned_kernels
 

@@ -31,7 +31,7 @@ from paper_networks import hidden_filters, mobilenet_v2, vgg16_bn
 
 from tvm_nm.agreement import top1_interval
 from tvm_nm.bench import measure
-from tvm_nm.calibration import CalibrationImages, Preprocessing, open_images
+from tvm_nm.calibration import CalibrationImages, open_images
 from tvm_nm.compiler import compile as compile_model
 from tvm_nm.cost_measure import DEFAULT_DENSITIES, CandidateGrid
 from tvm_nm.errors import InfeasibleBudgetError
@@ -44,6 +44,7 @@ from tvm_nm.onnx_pruning import prune_imported
 from tvm_nm.plan import Plan
 from tvm_nm.plan_model import plan_model
 from tvm_nm.planning import Goal
+from tvm_nm.preprocessing import Preprocessing
 from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.pruning import PruneRequest
 from tvm_nm.rearrangement import OrderSearch

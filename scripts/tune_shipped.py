@@ -19,11 +19,11 @@ from pathlib import Path
 
 import tvm
 
-from tvm_nm.compiler import resolve_target
 from tvm_nm.patterns import parse_pattern
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, KernelTask
 from tvm_nm.schedules.machine import Machine, machine_of
 from tvm_nm.schedules.variants import variant_text
+from tvm_nm.targets import resolve_target
 from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.progress import TuningProgress, summary_text
 from tvm_nm.tuning.tables import family_of

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tvm_nm.compiler import resolve_target
 from tvm_nm.frontend import import_onnx
 from tvm_nm.json_file import write_text
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.tuned import TunedKernel
 from tvm_nm.schedules.variants import variant_text
+from tvm_nm.targets import resolve_target
 from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.pool import Candidate, Laboratory
 from tvm_nm.tuning.progress import TuningProgress, summary_text

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tvm_nm.compiler import resolve_target
 from tvm_nm.cost_measure import TEMPLATE_REVISION
 from tvm_nm.costs import Candidate, CostTable, LayerCosts
 from tvm_nm.fingerprint import model_sha256, plain_target, structure_digest
@@ -15,6 +14,7 @@ from tvm_nm.importance import add_norms
 from tvm_nm.inventory import inventory, layer_weights
 from tvm_nm.patterns import Dense, OneByN, SparsityPattern
 from tvm_nm.plan import prunable_layers
+from tvm_nm.targets import resolve_target
 
 
 def made_up_costs(model: Path, time_us: Callable[[str, int, float], float], blocks: Sequence[int] = (4,)) -> Path:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from tvm_nm.bench import BenchmarkResult
     from tvm_nm.compiler import compile  # noqa: A004
     from tvm_nm.runtime import CompiledModel, load
-    from tvm_nm.tuning.tuner import TuningSummary, tune
+    from tvm_nm.tuning.outcomes import TuningSummary
+    from tvm_nm.tuning.tuner import tune
 
 __all__ = [
     "ArtifactError",

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tvm_nm.observation import Walk
-from tvm_nm.onnx_network import FloatArray, LayerNode, LayerWeights, OnnxNetwork
+from tvm_nm.onnx_network import LayerNode, LayerWeights, OnnxNetwork
+from tvm_nm.onnx_segment import FloatArray
 from tvm_nm.reconstruction import Options
 from tvm_nm.tensor_store import TensorStore
 

@@ -77,7 +77,8 @@ def calibration_options(command: _F) -> _F:
 
 def calibration_images(calib: Path | None, limit: int | None, preprocess: str | None) -> Images | None:
     """Calibration data as the options say, opened when the input's shape is known."""
-    from tvm_nm.calibration import DEFAULT_IMAGES, CalibrationImages, Preprocessing, open_images
+    from tvm_nm.calibration import DEFAULT_IMAGES, CalibrationImages, open_images
+    from tvm_nm.preprocessing import Preprocessing
 
     if calib is None:
         if limit or preprocess:

@@ -213,12 +213,12 @@ def plan_command(
 
 
 def _check(path: Path, model: Path, options: dict[str, Any]) -> None:
-    from tvm_nm.compiler import resolve_target
     from tvm_nm.fingerprint import model_sha256
     from tvm_nm.frontend import import_onnx
     from tvm_nm.inventory import inventory
     from tvm_nm.plan import Plan
     from tvm_nm.plan_check import check_plan
+    from tvm_nm.targets import resolve_target
 
     plan = Plan.load(path)
     threads = options["threads"]

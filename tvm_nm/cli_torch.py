@@ -174,7 +174,8 @@ def _run(model: Path, images: Images, dense: Path | None, defaults: Any, given: 
 
 
 def _opened(source: Path, limit: int | None, options: dict[str, Any]) -> Images:
-    from tvm_nm.calibration import CalibrationImages, Preprocessing, open_images
+    from tvm_nm.calibration import CalibrationImages, open_images
+    from tvm_nm.preprocessing import Preprocessing
 
     text = options.get("preprocess")
     preprocessing = Preprocessing.parse(text) if text else None

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,10 +48,10 @@ from tvm_nm.pruning import (
 from tvm_nm.reference_run import compare, random_inputs, run_onnx
 from tvm_nm.report import report_text
 from tvm_nm.runtime import CompiledModel, release_memory
-from tvm_nm.schedules.machine import host_target, target_from_json
+from tvm_nm.targets import processor, resolve_target
 from tvm_nm.tuning.tables import tuned_kernels
 
-__all__ = ["TOLERANCE", "compile", "processor", "resolve_target", "write_library"]
+__all__ = ["TOLERANCE", "compile", "write_library"]
 
 TOLERANCE = 1e-3
 """Largest difference from onnxruntime that a build may have, relative to the output's largest value.
@@ -307,34 +306,6 @@ def _imported_again(pruned: PrunedOnnx, name: str, path: Path) -> ImportedModel:
     return dataclasses.replace(found, module=module, name=name)
 
 
-def resolve_target(
-    target: Mapping[str, Any] | str | tvm.target.Target | None, threads: int | None
-) -> tvm.target.Target:
-    """Return the target with its number of threads filled in.
-
-    Raises
-    ------
-    EnvironmentMismatchError
-        If it is no target that TVM and LLVM know.
-    """
-    if threads is not None and threads < 1:
-        raise EnvironmentMismatchError(f"a model runs with at least 1 thread, not {threads}")
-    if target is None:
-        return host_target(threads)
-    if isinstance(target, tvm.target.Target):
-        target = str(target)
-    if isinstance(target, str):
-        try:
-            target = json.loads(target)
-        except ValueError as error:
-            raise EnvironmentMismatchError(
-                f'target {target!r} is not JSON ({error}); write it as \'{{"kind": "llvm", "mcpu": "..."}}\''
-            ) from error
-    if not isinstance(target, Mapping):
-        raise EnvironmentMismatchError(f"target {target!r} is not a dictionary")
-    return target_from_json(dict(target), threads)
-
-
 @contextlib.contextmanager
 def _cleaned_up(temporary: tempfile.TemporaryDirectory[str] | None) -> Iterator[None]:
     try:
@@ -374,10 +345,3 @@ def _density(module: tvm.IRModule) -> float:
     calls = layer_calls(module)
     kept = sum(int(np.count_nonzero(found.weight_view)) for found in calls)
     return kept / max(1, sum(found.layer.parameters for found in calls))
-
-
-def processor(target: tvm.target.Target) -> tuple[str, tuple[str, ...]]:
-    """Return the architecture and the features that code for a target may use."""
-    triple = str(target.attrs.get("mtriple", ""))
-    found = tvm.get_global_func("target.llvm_get_cpu_features")(target)
-    return triple.partition("-")[0] or platform.machine(), tuple(sorted(str(name) for name in found))

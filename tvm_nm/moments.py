@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tvm_nm.onnx_network import FloatArray, LayerNode
+from tvm_nm.onnx_network import LayerNode
+from tvm_nm.onnx_segment import FloatArray
 
 __all__ = ["Moments", "MomentsAccumulator", "columns", "paired_columns"]
 

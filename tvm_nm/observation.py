@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from tvm_nm.following import Following, what_follows
 from tvm_nm.moments import Moments, MomentsAccumulator, paired_columns
-from tvm_nm.onnx_network import FloatArray, LayerNode, LayerWeights, OnnxNetwork
+from tvm_nm.onnx_network import LayerNode, LayerWeights, OnnxNetwork
+from tvm_nm.onnx_segment import FloatArray
 from tvm_nm.rectified import Observed
 from tvm_nm.tensor_store import StoredTensor, TensorStore
 

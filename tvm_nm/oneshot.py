@@ -15,7 +15,8 @@ from tvm_nm.calibration import CalibrationImages, batch_size
 from tvm_nm.errors import CalibrationError, PlanError, UnsupportedModelError
 from tvm_nm.inventory import layer_calls
 from tvm_nm.masks import BoolArray, PackedMasks
-from tvm_nm.onnx_network import FloatArray, LayerWeights, OnnxNetwork
+from tvm_nm.onnx_network import LayerWeights, OnnxNetwork
+from tvm_nm.onnx_segment import FloatArray
 from tvm_nm.onnx_weights import replace_weights
 from tvm_nm.patterns import Dense
 from tvm_nm.plan import Plan, near_names

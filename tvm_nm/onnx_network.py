@@ -7,7 +7,6 @@ network this way, so that every node runs once however many layers are looked at
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +19,9 @@ from onnx import helper, numpy_helper
 
 from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.onnx_graph import WEIGHT, OnnxGraph, node_name, node_reads, transposed_weight
+from tvm_nm.onnx_segment import FloatArray, Segment
 
-__all__ = ["FloatArray", "LayerNode", "LayerWeights", "OnnxNetwork", "Segment", "default_threads"]
-
-FloatArray = NDArray[np.floating[Any]]
+__all__ = ["LayerNode", "LayerWeights", "OnnxNetwork"]
 
 _BIAS = 2
 
@@ -319,73 +317,6 @@ class OnnxNetwork:
         )
 
 
-class Segment:
-    """A piece of a network, ready to run.
-
-    Attributes
-    ----------
-    inputs, outputs
-        Names of the tensors that it reads and computes.
-    passed
-        Names of tensors that were asked of it but come from before it.
-    """
-
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        passed: Sequence[str],
-        threads: int | None,
-    ) -> None:
-        import onnxruntime as ort  # only here: `tvm-nm --help` need not wait for it
-
-        self.inputs, self.outputs, self.passed = tuple(inputs), tuple(outputs), tuple(passed)
-        self._session = None
-        if not self.outputs:
-            return
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or default_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        # Calibration tensors are large and of few sizes: an arena would keep the largest of each segment.
-        options.enable_cpu_mem_arena = False
-        try:
-            # onnxruntime 1.31 moves explicit zero padding into a max pool, wrong where padded values are negative.
-            self._session = ort.InferenceSession(
-                model.SerializeToString(),
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers={"Pad_Fusion"},
-            )
-        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-            raise _failed(error) from error
-
-    def __call__(self, tensors: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        """Run on one batch: from the tensors at its start to those in `outputs`.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If onnxruntime cannot run it.
-        """
-        if self._session is None:
-            return {}
-        try:
-            values = self._session.run(list(self.outputs), {name: tensors[name] for name in self.inputs})
-        except Exception as error:
-            raise _failed(error) from error
-        return dict(zip(self.outputs, values, strict=True))
-
-
-def default_threads() -> int:
-    """Threads to compute with: what OMP_NUM_THREADS says, or else the processors that this process may use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
     """Nodes that the outputs depend on, in order."""
     wanted, kept = set(outputs), []
@@ -394,7 +325,3 @@ def _needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> list[onn
             kept.append(node)
             wanted.update(node_reads(node))
     return kept[::-1]
-
-
-def _failed(error: Exception) -> UnsupportedModelError:
-    return UnsupportedModelError(f"onnxruntime cannot run the model: {' '.join(str(error).split())[:300]}")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import tvm
 
-from tvm_nm.compiler import processor
 from tvm_nm.cost_measure import CandidateGrid, measure_costs
 from tvm_nm.cost_merge import merge_tables
 from tvm_nm.costs import CostTable
@@ -24,6 +23,7 @@ from tvm_nm.plan_calibration import Calibration
 from tvm_nm.plan_check import check_match
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
 from tvm_nm.schedules.tuned import TunedKernels
+from tvm_nm.targets import processor
 from tvm_nm.tuned_costs import add_tuned_times
 from tvm_nm.tuning.database import TrialTable
 

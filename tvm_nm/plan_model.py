@@ -14,7 +14,6 @@ import onnx
 import tvm
 
 from tvm_nm.calibration import CalibrationImages, embedded_images
-from tvm_nm.compiler import resolve_target
 from tvm_nm.constraints import Constraints
 from tvm_nm.cost_measure import CandidateGrid
 from tvm_nm.costs import CostTable
@@ -37,6 +36,7 @@ from tvm_nm.planner import Planner, Solution
 from tvm_nm.planning import Goal, make_plan, uniform_points
 from tvm_nm.pruning import Images, chosen_method, open_for
 from tvm_nm.reference import reference_model_path
+from tvm_nm.targets import resolve_target
 from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.tables import tuned_kernels
 

@@ -16,13 +16,12 @@ from tvm_nm.schedules.geometry import FLAT_SCOPES, CopyScope, PixelGeometry
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, pack_conv, random_index_table
+from tvm_nm.schedules.pixel_cycles import SCRATCH_BYTES, predicted_cycles
 from tvm_nm.schedules.tiling import (
-    SCRATCH_BYTES,
     choose_kernel,
     geometries_for,
     index_dtype,
     oc_tiles,
-    predicted_cycles,
     reduction_blocks,
     variant,
 )

@@ -21,7 +21,8 @@ from tvm_nm.schedules.channel_tiling import channel_candidates, channel_cycles, 
 from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
 from tvm_nm.schedules.packing import kept_per_block_row
-from tvm_nm.schedules.tiling import choose_kernel, predicted_cycles
+from tvm_nm.schedules.pixel_cycles import predicted_cycles
+from tvm_nm.schedules.tiling import choose_kernel
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 PROPERTY = {"deadline": None, "suppress_health_check": list(HealthCheck)}

@@ -10,7 +10,8 @@ from test_conv import BLOCKS, workloads
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.machine import Machine
-from tvm_nm.schedules.tiling import choose_kernel, predicted_cycles
+from tvm_nm.schedules.pixel_cycles import predicted_cycles
+from tvm_nm.schedules.tiling import choose_kernel
 from tvm_nm.workload import ConvWorkload
 
 AVX512, AVX2, NEON, SSE = Machine(16, 32, 1), Machine(8, 16, 1), Machine(4, 32, 4), Machine(4, 16, 2)

@@ -27,10 +27,11 @@ from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.variants import default_kernel, kernel_from_text, neighbours, ranked_kernels, variant_text
 from tvm_nm.tuning import pool
 from tvm_nm.tuning.database import Trial, TrialTable, TuningDatabase
+from tvm_nm.tuning.outcomes import Progress
 from tvm_nm.tuning.pool import Candidate, Laboratory, Worker
 from tvm_nm.tuning.search import Search
 from tvm_nm.tuning.tasks import ModelTask, model_tasks
-from tvm_nm.tuning.tuner import Progress, tune_tasks
+from tvm_nm.tuning.tuner import tune_tasks
 
 TARGET = host_target(1)
 MACHINE = machine_of(TARGET)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tvm_nm.agreement import compare_answers, predict, top1_interval
-from tvm_nm.calibration import ArrayImages, Preprocessing, batch_size, embedded_images, open_images
+from tvm_nm.calibration import ArrayImages, batch_size, embedded_images, open_images
 from tvm_nm.errors import CalibrationError
+from tvm_nm.preprocessing import Preprocessing
 from tvm_nm.reference import calibration_images
 
 RNG = np.random.default_rng(0)

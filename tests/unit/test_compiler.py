@@ -19,7 +19,6 @@ from small_models import SMALL_MODELS
 import tvm_nm
 from tvm_nm import compiler
 from tvm_nm.artifact import LIBRARY, REPORT
-from tvm_nm.compiler import resolve_target
 from tvm_nm.environment import missing_features
 from tvm_nm.errors import ArtifactError, EnvironmentMismatchError, ModelMismatchError, PlanError, UnsupportedModelError
 from tvm_nm.frontend import import_onnx
@@ -30,6 +29,7 @@ from tvm_nm.patterns import parse_pattern
 from tvm_nm.plan import uniform_plan
 from tvm_nm.pruning import PruneRequest, prune_file
 from tvm_nm.reference_run import random_inputs, run_onnx
+from tvm_nm.targets import resolve_target
 
 
 def wide() -> onnx.ModelProto:

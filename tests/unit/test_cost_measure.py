@@ -7,7 +7,6 @@ import math
 import pytest
 from models import small_cnn
 
-from tvm_nm.compiler import resolve_target
 from tvm_nm.cost_measure import CandidateGrid, measure_costs
 from tvm_nm.costs import TimeSource
 from tvm_nm.errors import PlanError
@@ -15,6 +14,7 @@ from tvm_nm.fingerprint import model_sha256, structure_digest
 from tvm_nm.frontend import import_onnx
 from tvm_nm.inventory import inventory
 from tvm_nm.patterns import NM, Dense, OneByN
+from tvm_nm.targets import resolve_target
 
 
 def test_every_layer_gets_every_candidate() -> None:

@@ -10,7 +10,6 @@ import pytest
 from models import Net, small_cnn
 
 import tvm_nm
-from tvm_nm.compiler import resolve_target
 from tvm_nm.errors import PlanError
 from tvm_nm.fingerprint import model_sha256, plain_target, structure_digest
 from tvm_nm.frontend import ImportedModel, import_onnx
@@ -18,6 +17,7 @@ from tvm_nm.inventory import inventory
 from tvm_nm.patterns import Dense, OneByN
 from tvm_nm.plan import LayerChoice, Plan, PlanOrigin
 from tvm_nm.plan_check import check_plan, diff_plans
+from tvm_nm.targets import resolve_target
 
 
 @pytest.fixture(scope="module")

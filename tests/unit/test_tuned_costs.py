@@ -9,13 +9,13 @@ import pytest
 import tvm
 from models import Net
 
-from tvm_nm.compiler import resolve_target
 from tvm_nm.costs import Candidate, CostTable, LayerCosts, TimeSource
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import inventory
 from tvm_nm.patterns import Dense, OneByN
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.variants import ranked_kernels, variant_text
+from tvm_nm.targets import resolve_target
 from tvm_nm.tuned_costs import add_tuned_times
 from tvm_nm.tuning.database import Trial, TuningDatabase
 from tvm_nm.tuning.tasks import conv_workloads, layer_task

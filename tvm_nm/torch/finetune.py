@@ -19,7 +19,8 @@ from tvm_nm.evaluation import answers_of_onnx, compare
 from tvm_nm.json_file import write_bytes
 from tvm_nm.masks import BoolArray, mask_density
 from tvm_nm.oneshot import images_per_run
-from tvm_nm.onnx_network import OnnxNetwork, default_threads
+from tvm_nm.onnx_network import OnnxNetwork
+from tvm_nm.onnx_segment import default_threads
 from tvm_nm.torch.gradual import Phase
 from tvm_nm.torch.importer import import_model
 from tvm_nm.torch.network_stage import reconstruct_network
@@ -106,7 +107,7 @@ def finetune_file(
     checkpoint
         As for `tvm_nm.torch.training.train`.
     threads
-        Of PyTorch and onnxruntime; default: `tvm_nm.onnx_network.default_threads`.
+        Of PyTorch and onnxruntime; default: `tvm_nm.onnx_segment.default_threads`.
     step
         Called with the name of each step.
     progress

@@ -9,7 +9,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from tvm_nm.schedules.kernel_task import KernelTask
-from tvm_nm.tuning.tuner import Progress, TuningSummary
+from tvm_nm.tuning.outcomes import Progress, TuningSummary
 
 __all__ = ["TuningProgress", "outcome_table", "summary_text"]
 

@@ -9,14 +9,12 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import onnx
 import tvm
 
-from tvm_nm.compiler import resolve_target
 from tvm_nm.environment import check_environment, missing_features
 from tvm_nm.errors import EnvironmentMismatchError
 from tvm_nm.frontend import import_onnx
@@ -24,13 +22,15 @@ from tvm_nm.patterns import SparsityPattern
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import machine_of, usable_threads
 from tvm_nm.schedules.variants import default_kernel, variant_text
+from tvm_nm.targets import resolve_target
 from tvm_nm.tuning.database import Trial, TuningDatabase
+from tvm_nm.tuning.outcomes import Progress, TaskOutcome, TuningSummary
 from tvm_nm.tuning.pool import Candidate, Laboratory
 from tvm_nm.tuning.requirements import need_filelock
 from tvm_nm.tuning.search import Effort, Search
 from tvm_nm.tuning.tasks import ModelTask, model_tasks
 
-__all__ = ["DEFAULT_TRIALS", "Progress", "TaskOutcome", "TuningSummary", "tune", "tune_tasks"]
+__all__ = ["DEFAULT_TRIALS", "tune", "tune_tasks"]
 
 DEFAULT_TRIALS = 24
 """Most variants that are tried for a task; a search mostly ends earlier."""
@@ -40,86 +40,6 @@ _ROUNDS = 6
 _FINAL_ROUNDS = 14
 _EFFORTS = get_args(Effort)
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskOutcome:
-    """What tuning found for a task.
-
-    Attributes
-    ----------
-    task
-        Its text.
-    layers
-        Names of the layers that could use it.
-    variant
-        The best variant; empty where there is none.
-    latency_us
-        Its time; infinite where there is none.
-    default_us
-        Time of the variant of an untuned build; infinite where it is not known.
-    trials, failed
-        Variants tried in this run, and how many of them failed.
-    origin
-        `measured`, `interpolated` (see `TrialTable.best`) or `missing`.
-    """
-
-    task: str
-    layers: tuple[str, ...]
-    variant: str
-    latency_us: float
-    default_us: float
-    trials: int
-    failed: int
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class TuningSummary:
-    """What a tuning run did.
-
-    Attributes
-    ----------
-    database
-        The database's folder for the target.
-    outcomes
-        The tasks.
-    failures
-        Reasons of failed trials, with how often each occurred in this run.
-    seconds
-        Duration.
-    """
-
-    database: str
-    outcomes: tuple[TaskOutcome, ...]
-    failures: tuple[tuple[str, int], ...]
-    seconds: float
-
-    @property
-    def trials(self) -> int:
-        """Variants tried in this run."""
-        return sum(outcome.trials for outcome in self.outcomes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the summary as JSON-ready values; what is not known is null."""
-        data = asdict(self)
-        for outcome in data["outcomes"]:
-            for name in ("latency_us", "default_us"):
-                outcome[name] = None if outcome[name] == float("inf") else round(outcome[name], 2)
-        return {**data, "trials": self.trials}
-
-
-class Progress:
-    """Is told how tuning goes; this one keeps it to itself. Subclasses show it."""
-
-    def start(self, tasks: int, done: int) -> None:
-        """Say how many tasks there are, and how many of them have been tuned before."""
-
-    def step(self, what: str) -> None:
-        """Say what takes time: importing, building, measuring."""
-
-    def finished(self, task: KernelTask, best_us: float, default_us: float) -> None:
-        """Say that a task is done."""
 
 
 def tune(

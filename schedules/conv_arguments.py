@@ -9,7 +9,7 @@ from tvm import te
 
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["ConvArguments", "kernel_func"]
+__all__ = ["ConvArguments", "conv_argument_shapes", "kernel_func"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,19 @@ class ConvArguments:
     def func(self, out: te.Tensor) -> tvm.tirx.PrimFunc:
         """Return the unscheduled PrimFunc that computes `out`, its last argument."""
         return kernel_func([self.data, self.weight, self.index, self.bias, self.residual, out])
+
+
+def conv_argument_shapes(
+    work: ConvWorkload, weight_shape: tuple[int, ...], index_shape: tuple[int, ...] | None = None, index_dtype: str = ""
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return names, shapes and dtypes of the same arguments and the output, in order, for functions written out."""
+    shapes = {"data": (work.input_shape, "float32"), "weight": (weight_shape, "float32")}
+    if index_shape is not None:
+        shapes["index"] = (index_shape, index_dtype)
+    shapes["bias"] = ((work.out_channels,), "float32")
+    if work.epilogue.residual:
+        shapes["residual"] = (work.output_shape, "float32")
+    return {**shapes, "out": (work.output_shape, "float32")}
 
 
 def kernel_func(arguments: list[te.Tensor | None]) -> tvm.tirx.PrimFunc:

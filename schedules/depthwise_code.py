@@ -41,6 +41,7 @@ from tvm_nm.schedules.chain_loops import (
     most_of,
     store_vector,
 )
+from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.depthwise_conv import DepthwiseKernel
 from tvm_nm.schedules.transpose import turned_square
 
@@ -54,15 +55,7 @@ def depthwise_prim_func(kernel: DepthwiseKernel) -> tvm.tirx.PrimFunc:
     Its arguments, in order: data (N, C, H, W); packed weights (`DepthwiseKernel.weight_shape`); bias (C,); the residual
     (N, C, OH, OW) if the epilogue adds one; the output (N, C, OH, OW). All float32.
     """
-    work = kernel.workload
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "data": (work.input_shape, "float32"),
-        "weight": (kernel.weight_shape, "float32"),
-        "bias": ((work.out_channels,), "float32"),
-    }
-    if work.epilogue.residual:
-        shapes["residual"] = (work.output_shape, "float32")
-    shapes["out"] = (work.output_shape, "float32")
+    shapes = conv_argument_shapes(kernel.workload, kernel.weight_shape)
     return flat_function(shapes, lambda buffers: _Code(kernel, buffers).emit())
 
 

@@ -32,6 +32,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
 from tvm_nm.schedules.chain_loops import activated, add_to, divided, flat_function, load, store_vector
+from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.schedules.pair_conv import PairConvKernel
 
@@ -50,16 +51,7 @@ def pair_conv_prim_func(kernel: PairConvKernel) -> tvm.tirx.PrimFunc:
     Its arguments, in order: data (N, C, H, W); packed weights and index table (`PairConvKernel`); bias (OC,); the
     residual (N, OC, OH, OW) if the epilogue adds one; the output (N, OC, OH, OW). All float32 but the table.
     """
-    work = kernel.workload
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "data": (work.input_shape, "float32"),
-        "weight": (kernel.weight_shape, "float32"),
-        "index": (kernel.index_shape, "uint8"),
-        "bias": ((work.out_channels,), "float32"),
-    }
-    if work.epilogue.residual:
-        shapes["residual"] = (work.output_shape, "float32")
-    shapes["out"] = (work.output_shape, "float32")
+    shapes = conv_argument_shapes(kernel.workload, kernel.weight_shape, kernel.index_shape, "uint8")
     return flat_function(shapes, lambda buffers: _Code(kernel, buffers).emit())
 
 

@@ -10,10 +10,12 @@ import numpy.typing as npt
 import tvm
 
 from tvm_nm.schedules.apply import pass_context, schedule_function
-from tvm_nm.schedules.channel_conv import ChannelConvKernel, channel_conv_prim_func
-from tvm_nm.schedules.channel_packing import pack_channel_conv
-from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
-from tvm_nm.schedules.packing import pack_conv
+from tvm_nm.schedules.channel_conv import ChannelConvKernel
+from tvm_nm.schedules.conv import ConvKernel, IndexKind
+from tvm_nm.schedules.depthwise_conv import DepthwiseKernel
+from tvm_nm.schedules.families import conv_family_of
+from tvm_nm.schedules.lane_conv import LaneConvKernel
+from tvm_nm.schedules.pair_conv import PairConvKernel
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["build", "call", "haswell", "host_flags", "integers", "masked_weights", "run_conv"]
@@ -69,7 +71,7 @@ def masked_weights(
 
 
 def run_conv(
-    kernel: ConvKernel | ChannelConvKernel,
+    kernel: ConvKernel | ChannelConvKernel | DepthwiseKernel | LaneConvKernel | PairConvKernel,
     original: ConvWorkload,
     weights: npt.NDArray[np.float32],
     target: tvm.target.Target,
@@ -78,10 +80,8 @@ def run_conv(
 ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[Any] | None]]:
     """Pack, build and run; returns the output and (data, weights, bias, residual), in the original shapes."""
     work = kernel.workload
-    if isinstance(kernel, ChannelConvKernel):
-        packed, func = pack_channel_conv(kernel, weights), channel_conv_prim_func(kernel)
-    else:
-        packed, func = pack_conv(kernel, weights), conv_prim_func(kernel)
+    family = conv_family_of(kernel)
+    packed, func = family.pack(kernel, weights), family.prim_func(kernel)
     data_shape = original.input_shape
     out_shape = original.output_shape
     data = integers(data_shape, rng)

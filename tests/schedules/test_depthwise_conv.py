@@ -9,12 +9,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import conv
-from running import build, call, integers
+from running import integers, run_conv
 from test_conv import TARGETS, workloads
 from test_tiling import AVX2, AVX512, NEON, SSE, layer
 
 from tvm_nm.schedules.conv import ConvKernel
-from tvm_nm.schedules.depthwise_code import depthwise_prim_func
 from tvm_nm.schedules.depthwise_conv import DepthwiseKernel, pack_depthwise
 from tvm_nm.schedules.depthwise_tiling import depthwise_candidates, depthwise_cycles
 from tvm_nm.schedules.kernel_task import KernelTask
@@ -61,14 +60,11 @@ def check(case: Case, kernel: DepthwiseKernel) -> None:
     rng = np.random.default_rng(case.seed)
     work = case.work
     weights = integers((work.out_channels, 1, *work.kernel), rng)
-    data, bias = integers(work.input_shape, rng), integers((work.out_channels,), rng)
-    residual = integers(work.output_shape, rng) if work.epilogue.residual else None
     packed = pack_depthwise(kernel, weights)
     assert packed.index is None
     assert (packed.values.shape, packed.values.dtype) == (kernel.weight_shape, np.float32)
-    arguments = [data, packed.values, bias] + ([] if residual is None else [residual])
-    out = call(build(depthwise_prim_func(kernel), TARGETS[case.target]), arguments, work.output_shape)
-    np.testing.assert_array_equal(out, conv(work, data, weights, bias, residual))
+    out, operands = run_conv(kernel, work, weights, TARGETS[case.target], rng)
+    np.testing.assert_array_equal(out, conv(work, *operands))
 
 
 @settings(max_examples=15, **PROPERTY)

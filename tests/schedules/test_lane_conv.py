@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import conv, fc
-from running import build, call, haswell, integers
+from running import build, call, haswell, integers, run_conv
 from test_conv import TARGETS, workloads
 from test_tiling import AVX2, AVX512, NEON, SSE, layer
 
@@ -66,17 +66,8 @@ def cases(draw: st.DrawFn) -> tuple[Case, LaneConvKernel]:
 def check(case: Case, kernel: LaneConvKernel) -> None:
     rng = np.random.default_rng(case.seed)
     weights = weights_of(case.work, case.pattern, case.seed)
-    packed = pack_lane_conv(kernel, weights)
-    work, original = kernel.workload, case.work
-    shape = original.output_shape
-    data = integers(original.input_shape, rng)
-    bias = integers((original.out_channels,), rng)
-    residual = integers(shape, rng) if original.epilogue.residual else None
-    out_shape = work.output_shape
-    arguments = [data.reshape(work.input_shape), packed.values, packed.index, bias]
-    arguments += [] if residual is None else [residual.reshape(out_shape)]
-    out = call(build(lane_conv_prim_func(kernel), TARGETS[case.target]), arguments, out_shape).reshape(shape)
-    np.testing.assert_array_equal(out, conv(original, data, weights, bias, residual))
+    out, operands = run_conv(kernel, case.work, weights, TARGETS[case.target], rng)
+    np.testing.assert_array_equal(out, conv(case.work, *operands))
 
 
 def test_windows_in_the_padding_are_left_to_others() -> None:

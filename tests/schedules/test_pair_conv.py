@@ -10,7 +10,7 @@ import tvm
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import conv
-from running import build, call, integers
+from running import run_conv
 from test_conv import TARGETS, workloads
 from test_lane_conv import nm_task, weights_of
 from test_tiling import AVX2, AVX512, NEON, SSE, layer
@@ -64,13 +64,9 @@ def check(case: Case, kernel: PairConvKernel) -> None:
     rng = np.random.default_rng(case.seed)
     work = case.work
     weights = weights_of(work, case.pattern, case.seed)
-    packed = pack_pair_conv(kernel, weights)
-    data, bias = integers(work.input_shape, rng), integers((work.out_channels,), rng)
-    residual = integers(work.output_shape, rng) if work.epilogue.residual else None
-    assert packed.index is not None
-    arguments = [data, packed.values, packed.index, bias] + ([] if residual is None else [residual])
-    out = call(build(pair_conv_prim_func(kernel), TARGETS[case.target]), arguments, work.output_shape)
-    np.testing.assert_array_equal(out, conv(work, data, weights, bias, residual))
+    assert pack_pair_conv(kernel, weights).index is not None
+    out, operands = run_conv(kernel, work, weights, TARGETS[case.target], rng)
+    np.testing.assert_array_equal(out, conv(work, *operands))
 
 
 @settings(max_examples=15, **PROPERTY)

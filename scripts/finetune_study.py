@@ -98,7 +98,8 @@ class Study:
         path = self.work / f"{start.stem}-{how}.onnx"
         if path.is_file():
             return path
-        options = replace(self.options, seed=seed, objective=Objective(0.0 if teacher is None else self.distill))
+        objective = replace(self.options.objective, distillation=0.0 if teacher is None else self.distill)
+        options = replace(self.options, seed=seed, objective=objective)
         print(f"training {path.stem}", flush=True)
         with TrainingProgress() as progress:
             done = train(
@@ -130,6 +131,8 @@ def main() -> None:
     parser.add_argument("--batch-norm", choices=("keep", "insert", "freeze"), default="keep")
     parser.add_argument("--augment", type=Augmentation.parse, default=Augmentation())
     parser.add_argument("--distill", type=float, default=0.5)
+    parser.add_argument("--distill-only", action="store_true", help="leave out pruned networks trained by the labels")
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--limit", type=int, help="training and test images to use; all by default")
@@ -149,6 +152,7 @@ def main() -> None:
         epochs=args.epochs,
         batch=args.batch,
         learning_rate=args.lr,
+        objective=Objective(label_smoothing=args.label_smoothing),
         augmentation=args.augment,
         batch_norm=args.batch_norm,
         device=args.device,
@@ -171,8 +175,9 @@ def main() -> None:
     best = float(np.mean([study.top1(path) for path in teachers.values()]))
     for text, start in rows:
         cells = [text, f"{study.top1(start):.2%}"]
+        wanted = (True, False) if text == "dense" else (not args.distill_only, args.distill > 0)
         for distilled in (False, True):
-            if distilled and (not args.distill or text == "dense"):
+            if not wanted[distilled]:
                 cells += ["–", "–"]
                 continue
             found = [

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from tvm_nm.cli_options import calibration_images, emit_json, parse_shape_options
+from tvm_nm.cli_options import (
+    calibration_images,
+    emit_json,
+    json_option,
+    option_group,
+    parse_shape_options,
+    shape_option,
+    threads_option,
+)
 from tvm_nm.console import Steps
 
 if TYPE_CHECKING:
@@ -21,34 +28,29 @@ if TYPE_CHECKING:
 
 __all__ = ["agreement_text", "evaluate_command", "gate_options", "make_gate"]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 _EVERY = 1 << 31  # of the images that a build is judged by, unless --data-images says less
 
 
-def gate_options(command: _F) -> _F:
-    """Add the options that say when a build fails."""
-    options = (
-        click.option(
-            "--min-agreement",
-            type=float,
-            metavar="A",
-            help="Fail unless the build prefers the dense network's class for this share of images, such as 0.98.",
-        ),
-        click.option(
-            "--max-drop", type=float, metavar="P", help="Fail if top-1 drops by more points; needs images with labels."
-        ),
-        click.option(
-            "--data",
-            type=click.Path(path_type=Path),
-            metavar="DATA",
-            help="Images to judge the build by. [default: those of --calib]",
-        ),
-        click.option("--data-images", type=click.IntRange(min=1), metavar="N", help="Of these, use N. [default: all]"),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+gate_options = option_group(
+    click.option(
+        "--min-agreement",
+        type=float,
+        metavar="A",
+        help="Fail unless the build prefers the dense network's class for this share of images, such as 0.98.",
+    ),
+    click.option(
+        "--max-drop", type=float, metavar="P", help="Fail if top-1 drops by more points; needs images with labels."
+    ),
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        metavar="DATA",
+        help="Images to judge the build by. [default: those of --calib]",
+    ),
+    click.option("--data-images", type=click.IntRange(min=1), metavar="N", help="Of these, use N. [default: all]"),
+)
+"""The options that say when a build fails."""
 
 
 def make_gate(
@@ -128,9 +130,9 @@ def agreement_text(found: Agreement, dense_given: bool = True) -> str:
 @click.option("--images", "limit", type=click.IntRange(min=1), metavar="N", help="Images to use. [default: all]")
 @click.option("--preprocess", metavar="TEXT", help="From pixels to inputs; see tvm-nm prune.")
 @click.option("--against", type=click.Path(path_type=Path), metavar="MODEL", help="The dense ONNX model.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
-@click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON, with - to stdout.")
+@threads_option
+@shape_option
+@json_option
 def evaluate_command(
     path: Path,
     data: Path,

@@ -1,4 +1,4 @@
-"""What several commands do with their options."""
+"""The options that several commands have, and what they do with them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,99 @@ import click
 from tvm_nm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tvm_nm.pruning import Images
 
-__all__ = ["calibration_images", "calibration_options", "emit_json", "method_option", "parse_shape_options"]
+__all__ = [
+    "calibration_images",
+    "calibration_options",
+    "database_option",
+    "emit_json",
+    "exclude_option",
+    "include_option",
+    "json_option",
+    "method_option",
+    "option_group",
+    "parse_shape_options",
+    "pattern_options",
+    "plan_file_option",
+    "print_table",
+    "rearrange_option",
+    "shape_option",
+    "threads_option",
+    "untuned_option",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+_PATTERNS = "dense, 2:4 (N:M), 2:4t8 (shared by 8 channels), 1x16, 1x4p (by position), 1x16u (unbalanced)"
+
+
+def option_group(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
+    """Put options together into one decorator, which shows them in this order."""
+
+    def decorate(command: _F) -> _F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+threads_option = click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
+shape_option = click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
+json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON, with - to stdout.")
+include_option = click.option(
+    "--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default."
+)
+exclude_option = click.option(
+    "--exclude", multiple=True, metavar="GLOB", help="Leave these layers alone; wins over --include."
+)
+plan_file_option = click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE", help="Prune as this plan says."
+)
+rearrange_option = click.option(
+    "--rearrange",
+    type=click.Choice(["none", "sort", "cluster", "swap"]),
+    help="How channels change places before pruning, so that patterns keep more. [default: none]",
+)
+database_option = click.option(
+    "--db",
+    "database",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Tuning database whose records are applied.",
+)
+untuned_option = click.option("--untuned", is_flag=True, help="Do not use the tuned records that come with tvm-nm.")
 method_option = click.option(
     "--method",
     type=click.Choice(("magnitude", "ls", "obs")),
     help="Drop the smallest weights; the smallest, refitting the rest; or by what it costs after refitting. "
     "[default: obs with calibration data, else magnitude]",
+)
+
+pattern_options = option_group(
+    click.option("--pattern", metavar="P", help=f"Sparsity pattern: {_PATTERNS}. [default: 1x16]"),
+    click.option("--density", type=float, metavar="D", help="Share of weights kept. [default: the pattern's, or 0.5]"),
+    include_option,
+    exclude_option,
+    method_option,
+)
+calibration_options = option_group(
+    click.option(
+        "--calib",
+        type=click.Path(path_type=Path),
+        metavar="DATA",
+        help="Calibration images without labels, to refit the weights that are left: a folder, .npy or .npz file.",
+    ),
+    click.option("--calib-images", type=click.IntRange(min=1), metavar="N", help="Images to use. [default: 1024]"),
+    click.option(
+        "--preprocess",
+        metavar="TEXT",
+        help="From pixels to inputs: resize=256,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,scale=255,order=rgb, "
+        "which are the defaults.",
+    ),
 )
 
 
@@ -53,28 +135,6 @@ def emit_json(data: dict[str, Any], json_file: str | None) -> None:
         Path(json_file).write_text(text, encoding="utf-8")
 
 
-def calibration_options(command: _F) -> _F:
-    """Add the options that say where calibration images come from."""
-    options = (
-        click.option(
-            "--calib",
-            type=click.Path(path_type=Path),
-            metavar="DATA",
-            help="Calibration images without labels, to refit the weights that are left: a folder, .npy or .npz file.",
-        ),
-        click.option("--calib-images", type=click.IntRange(min=1), metavar="N", help="Images to use. [default: 1024]"),
-        click.option(
-            "--preprocess",
-            metavar="TEXT",
-            help="From pixels to inputs: resize=256,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,scale=255,order=rgb, "
-            "which are the defaults.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def calibration_images(calib: Path | None, limit: int | None, preprocess: str | None) -> Images | None:
     """Calibration data as the options say, opened when the input's shape is known."""
     from tvm_nm.calibration import DEFAULT_IMAGES, CalibrationImages, open_images
@@ -90,3 +150,10 @@ def calibration_images(calib: Path | None, limit: int | None, preprocess: str | 
         return open_images(calib, shape, limit=limit or DEFAULT_IMAGES, preprocessing=preprocessing)
 
     return opened
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as it needs."""
+    from tvm_nm.report import to_text
+
+    click.echo(to_text(table), nl=False)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tvm_nm.cli_options import (
     calibration_images,
     calibration_options,
+    database_option,
     emit_json,
+    exclude_option,
+    include_option,
+    json_option,
     method_option,
+    option_group,
     parse_shape_options,
+    shape_option,
+    threads_option,
+    untuned_option,
 )
 from tvm_nm.console import Steps
 
@@ -25,64 +33,57 @@ if TYPE_CHECKING:
 
 __all__ = ["goal_options", "has_goal", "make_planned", "plan_command"]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 _METRICS = ("l1", "l2", "output")
 
 
-def goal_options(command: _F) -> _F:
-    """Add the options that say what a plan is to achieve and where its costs come from."""
-    options = (
-        click.option("--budget", metavar="B", help="Time budget: share of the dense time (0.6, 60%) or a time (25ms)."),
-        click.option("--speedup", type=float, metavar="S", help="Time budget as a speed-up over the dense network."),
-        click.option("--max-loss", type=float, metavar="L", help="Largest loss; the plan takes the least time."),
-        click.option(
-            "--metric", type=click.Choice(_METRICS), help="What a loss is. [default: output with --calib, or l1]"
-        ),
-        click.option("--search", is_flag=True, help="Search the layers' sensitivities on calibration images."),
-        click.option("--trials", type=click.IntRange(min=1), default=100, show_default=True, help="Of the search."),
-        click.option(
-            "--reconstruction",
-            type=click.Path(path_type=Path),
-            metavar="DIR",
-            help="Layers pruned to all candidates on --calib, to estimate losses with; what is missing is added. "
-            "[default: pruned anew]",
-        ),
-        click.option(
-            "--costs",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="Cost table; measured and written there if it does not exist. [default: measured]",
-        ),
-        click.option("--patterns", metavar="P,P", help="Sparsity patterns to choose from. [default: 1x4p,1x16p]"),
-        click.option("--densities", metavar="D,D", help="Densities to choose from. [default: 11 from 0.75 to 0.0625]"),
-        click.option("--min-density", multiple=True, metavar="[GLOB=]D", help="Least density, of some layers."),
-        click.option("--max-density", multiple=True, metavar="[GLOB=]D", help="Largest density, of some layers."),
-        click.option("--allow", multiple=True, metavar="[GLOB=]P,P", help="Patterns allowed, for some layers."),
-        click.option("--tie", multiple=True, metavar="GLOB", help="Layers that have to share a pattern."),
-        click.option("--tie-channels", is_flag=True, help="Tie layers whose outputs are added up."),
-        click.option("--max-bytes", type=int, metavar="N", help="Largest size of all packed weights."),
-        click.option("--max-macs", type=int, metavar="N", help="Most multiply-accumulates."),
-        click.option(
-            "--plan-rounds",
-            type=click.IntRange(min=0),
-            default=3,
-            show_default=True,
-            metavar="N",
-            help="Plans to build and measure; 0 trusts the costs.",
-        ),
-        click.option(
-            "--measure-seconds",
-            type=click.FloatRange(min=0),
-            default=20.0,
-            show_default=True,
-            metavar="S",
-            help="How long to measure costs.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+goal_options = option_group(
+    click.option("--budget", metavar="B", help="Time budget: share of the dense time (0.6, 60%) or a time (25ms)."),
+    click.option("--speedup", type=float, metavar="S", help="Time budget as a speed-up over the dense network."),
+    click.option("--max-loss", type=float, metavar="L", help="Largest loss; the plan takes the least time."),
+    click.option("--metric", type=click.Choice(_METRICS), help="What a loss is. [default: output with --calib, or l1]"),
+    click.option("--search", is_flag=True, help="Search the layers' sensitivities on calibration images."),
+    click.option("--trials", type=click.IntRange(min=1), default=100, show_default=True, help="Of the search."),
+    click.option(
+        "--reconstruction",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Layers pruned to all candidates on --calib, to estimate losses with; what is missing is added. "
+        "[default: pruned anew]",
+    ),
+    click.option(
+        "--costs",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Cost table; measured and written there if it does not exist. [default: measured]",
+    ),
+    click.option("--patterns", metavar="P,P", help="Sparsity patterns to choose from. [default: 1x4p,1x16p]"),
+    click.option("--densities", metavar="D,D", help="Densities to choose from. [default: 11 from 0.75 to 0.0625]"),
+    click.option("--min-density", multiple=True, metavar="[GLOB=]D", help="Least density, of some layers."),
+    click.option("--max-density", multiple=True, metavar="[GLOB=]D", help="Largest density, of some layers."),
+    click.option("--allow", multiple=True, metavar="[GLOB=]P,P", help="Patterns allowed, for some layers."),
+    click.option("--tie", multiple=True, metavar="GLOB", help="Layers that have to share a pattern."),
+    click.option("--tie-channels", is_flag=True, help="Tie layers whose outputs are added up."),
+    click.option("--max-bytes", type=int, metavar="N", help="Largest size of all packed weights."),
+    click.option("--max-macs", type=int, metavar="N", help="Most multiply-accumulates."),
+    click.option(
+        "--plan-rounds",
+        type=click.IntRange(min=0),
+        default=3,
+        show_default=True,
+        metavar="N",
+        help="Plans to build and measure; 0 trusts the costs.",
+    ),
+    click.option(
+        "--measure-seconds",
+        type=click.FloatRange(min=0),
+        default=20.0,
+        show_default=True,
+        metavar="S",
+        help="How long to measure costs.",
+    ),
+)
+"""The options that say what a plan is to achieve and where its costs come from."""
 
 
 def has_goal(options: dict[str, Any]) -> bool:
@@ -149,20 +150,20 @@ def make_planned(model: Path, options: dict[str, Any], progress: Callable[[str],
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan.")
 @goal_options
-@click.option("--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers alone.")
+@include_option
+@exclude_option
 @method_option
 @calibration_options
-@click.option("--db", "database", type=click.Path(path_type=Path), metavar="DIR", help="Tuning database to build with.")
-@click.option("--untuned", is_flag=True, help="Do not use the tuned records that come with tvm-nm.")
+@database_option
+@untuned_option
 @click.option("--front", type=click.Path(path_type=Path), metavar="FILE", help="Write the whole Pareto front as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: .svg, .png or .html.")
 @click.option("--check", type=click.Path(path_type=Path), metavar="PLAN", help="Check a plan against MODEL instead.")
 @click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Compare two plans instead.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
+@threads_option
 @click.option("--target", metavar="JSON", help="TVM target. [default: this machine]")
-@click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON, with - to stdout.")
+@shape_option
+@json_option
 def plan_command(
     model: Path | None,
     output: Path | None,

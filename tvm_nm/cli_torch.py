@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tvm_nm.cli_options import emit_json, parse_shape_options
+from tvm_nm.cli_options import (
+    emit_json,
+    exclude_option,
+    include_option,
+    json_option,
+    option_group,
+    parse_shape_options,
+    shape_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from tvm_nm.torch.finetune import FineTuned, Images
@@ -16,42 +24,37 @@ if TYPE_CHECKING:
 
 __all__ = ["finetune_command", "refit_command"]
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
 
 # They import what they need themselves, so that `tvm-nm --help` need not wait for PyTorch.
 
 
-def _common(command: _F) -> _F:
-    options = (
-        click.option("-o", "--output", required=True, type=_PATH, metavar="FILE", help="File to write."),
-        click.option("--test", type=_PATH, metavar="DATA", help="Images to judge by after each epoch."),
-        click.option("--preprocess", metavar="TEXT", help="From pixels to inputs, see tvm-nm prune --help."),
-        click.option("--augment", metavar="TEXT", help="How images are varied: shift=4,flip,zoom=0.5, or none."),
-        click.option("--epochs", type=click.FloatRange(min=0, min_open=True), metavar="N", help="May be a fraction."),
-        click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images in a step."),
-        click.option("--lr", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Highest learning rate."),
-        click.option("--optimizer", type=click.Choice(("sgd", "adamw"))),
-        click.option("--temperature", type=float, metavar="T", help="Of distillation. [default: 2]"),
-        click.option(
-            "--batch-norm",
-            type=click.Choice(("insert", "keep", "freeze")),
-            help="Put batch norms behind convolutions that have none while training; train with those that there are; "
-            "or keep their statistics as they are.",
-        ),
-        click.option("--precision", type=click.Choice(("bf16", "float32")), help="[default: bf16]"),
-        click.option("--device", metavar="NAME", help="Such as cpu or cuda:0. [default: a GPU where there is one]"),
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads."),
-        click.option("--seed", type=int, metavar="N", help="Of everything random. [default: 0]"),
-        click.option("--keep", type=click.Choice(("last", "best")), help="Whose weights are written. [default: last]"),
-        click.option("--checkpoint", type=_PATH, metavar="FILE", help="[default: the output with .checkpoint]"),
-        click.option("--restart", is_flag=True, help="Do not go on from the checkpoint of an interrupted run."),
-        click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input."),
-        click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON, with - to stdout."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+_common = option_group(
+    click.option("-o", "--output", required=True, type=_PATH, metavar="FILE", help="File to write."),
+    click.option("--test", type=_PATH, metavar="DATA", help="Images to judge by after each epoch."),
+    click.option("--preprocess", metavar="TEXT", help="From pixels to inputs, see tvm-nm prune --help."),
+    click.option("--augment", metavar="TEXT", help="How images are varied: shift=4,flip,zoom=0.5, or none."),
+    click.option("--epochs", type=click.FloatRange(min=0, min_open=True), metavar="N", help="May be a fraction."),
+    click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images in a step."),
+    click.option("--lr", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Highest learning rate."),
+    click.option("--optimizer", type=click.Choice(("sgd", "adamw"))),
+    click.option("--temperature", type=float, metavar="T", help="Of distillation. [default: 2]"),
+    click.option(
+        "--batch-norm",
+        type=click.Choice(("insert", "keep", "freeze")),
+        help="Put batch norms behind convolutions that have none while training; train with those that there are; "
+        "or keep their statistics as they are.",
+    ),
+    click.option("--precision", type=click.Choice(("bf16", "float32")), help="[default: bf16]"),
+    click.option("--device", metavar="NAME", help="Such as cpu or cuda:0. [default: a GPU where there is one]"),
+    threads_option,
+    click.option("--seed", type=int, metavar="N", help="Of everything random. [default: 0]"),
+    click.option("--keep", type=click.Choice(("last", "best")), help="Whose weights are written. [default: last]"),
+    click.option("--checkpoint", type=_PATH, metavar="FILE", help="[default: the output with .checkpoint]"),
+    click.option("--restart", is_flag=True, help="Do not go on from the checkpoint of an interrupted run."),
+    shape_option,
+    json_option,
+)
 
 
 @click.command("finetune")
@@ -66,8 +69,8 @@ def _common(command: _F) -> _F:
 @click.option("--clip", type=float, metavar="X", help="Norm that gradients are clipped to; 0 for none. [default: 1]")
 @click.option("--pattern", metavar="P", help="Prune by magnitude while training, to this pattern.")
 @click.option("--density", type=float, metavar="D", help="Share of weights kept.")
-@click.option("--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers alone; wins over --include.")
+@include_option
+@exclude_option
 @click.option("--plan", "plan_file", type=_PATH, metavar="FILE", help="Prune by magnitude while training, as it says.")
 @click.option("--gradual", type=click.IntRange(min=1), metavar="N", help="Prune in so many steps. [default: 3]")
 @_common

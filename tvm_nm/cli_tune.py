@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tvm_nm.cli_options import emit_json, parse_shape_options
+from tvm_nm.cli_options import emit_json, json_option, parse_shape_options, shape_option, threads_option
 
 __all__ = ["tune_command"]
 
@@ -27,11 +27,11 @@ __all__ = ["tune_command"]
     "--trials", type=click.IntRange(min=1), metavar="N", help="Most variants to try for a task. [default: 24]"
 )
 @click.option("--thorough", is_flag=True, help="Try all --trials of every task, also where nothing better is found.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
+@threads_option
 @click.option("--target", metavar="JSON", help="TVM target, which must run on this machine.")
-@click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
+@shape_option
 @click.option("--retune", is_flag=True, help="Measure anew what the database holds.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON, with - to stdout.")
+@json_option
 def tune_command(
     model: Path,
     database: Path,

@@ -1,4 +1,4 @@
-"""Finds the bias, residual add and activation that follow a layer and can be computed in its kernel."""
+"""Finds the bias, residual add, activation and pooling that follow a layer and can be computed in its kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from tvm_nm.inventory import LayerCall
 from tvm_nm.passes.dataflow import constant_of, is_call, static_shape
+from tvm_nm.passes.select import conv_workload
 from tvm_nm.relax_numpy import variables
+from tvm_nm.schedules.winograd import winograd_applies
 from tvm_nm.workload import Epilogue
 
 __all__ = ["BindingGraph", "FusedLayer", "fuse_epilogues", "scalar"]
@@ -35,7 +37,8 @@ class FusedLayer:
     residual
         Expression that is added, or None.
     epilogue
-        What the kernel applies.
+        What the kernel applies. Maxima are part of the layer, but only some kernels take them: for the others a pooling
+        of its own follows.
     """
 
     found: LayerCall
@@ -68,6 +71,7 @@ class BindingGraph:
 def fuse_epilogues(calls: Sequence[LayerCall], bindings: Sequence[Any], result: Any) -> tuple[FusedLayer, ...]:
     """Attach to every layer the longest chain ``+ bias, + residual, clip`` whose links have no other use.
 
+    Maxima of 2x2 pixels are attached to convolutions that Winograd kernels may compute, unless there is a residual.
     An add of two layers goes to the later one, when the other's output is already there.
 
     Parameters
@@ -109,8 +113,27 @@ def _follow(found: LayerCall, graph: BindingGraph, claimed: set[Any]) -> FusedLa
         claimed.add(user)
         chain.append(user)
     low, high = clip or (None, None)
-    epilogue = Epilogue(residual is not None, low, high)
+    pool = None if residual is not None else graph.only_user(chain[-1])
+    if pool is not None and _takes_maxima(found, graph.value[pool]):
+        claimed.add(pool)
+        chain.append(pool)
+    else:
+        pool = None
+    epilogue = Epilogue(residual is not None, low, high, pool is not None)
     return FusedLayer(found, tuple(chain[:-1]), chain[-1], bias, residual, epilogue)
+
+
+def _takes_maxima(found: LayerCall, value: Any) -> bool:
+    """Whether a value is the maxima of squares of 2x2 pixels of a layer that Winograd's algorithm may compute."""
+    layer = found.layer
+    if not is_call(value, "relax.nn.max_pool2d") or layer.kind != "conv" or value.attrs.layout != "NCHW":
+        return False
+    attrs = value.attrs
+    sizes = [tuple(int(size) for size in sizes) for sizes in (attrs.pool_size, attrs.strides, attrs.dilation)]
+    batch, channels, height, width = layer.output_shape
+    whole = (batch, channels, height // 2, width // 2)  # ceil mode makes more of an odd size
+    plain = sizes == [(2, 2), (2, 2), (1, 1)] and not any(int(pad) for pad in attrs.padding)
+    return plain and static_shape(value) == whole and winograd_applies(conv_workload(layer, Epilogue()))
 
 
 def _other_operand(value: Any, operand: Any) -> Any:

@@ -24,9 +24,9 @@ from tvm_nm.schedules.chain import ChainKernel, blocked_shape
 from tvm_nm.schedules.chain_code import chain_prim_func
 from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.machine import machine_of
-from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
+from tvm_nm.schedules.pool import PoolKernel, PoolKind, choose_pool_kernel, maxima_kernel, pool_prim_func
 from tvm_nm.schedules.tuned import TunedKernels
-from tvm_nm.schedules.variants import kernel_prim_func
+from tvm_nm.schedules.variants import Kernel, kernel_prim_func
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["REPORTS_ATTR", "Lower", "layer_reports"]
@@ -47,7 +47,8 @@ class Lower:
 
     The zeros in a layer's weights decide: if a sparsity pattern explains them and its kernel is predicted to be faster
     than the dense one, the weights are packed into values and an index table. The bias, one residual add and one
-    activation that follow a layer, and have no other use, are computed in its kernel.
+    activation that follow a layer, and have no other use, are computed in its kernel; so are maxima of 2x2 pixels, if
+    that is a Winograd kernel.
 
     The result still holds Relax operators (softmax, concat, ...) for the usual legalisation, and `layer_reports` tells
     what was done. The PrimFuncs are not scheduled yet.
@@ -172,7 +173,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         # A kernel may see a pointwise layer's map as a single row of pixels, a fully connected layer as one pixel.
         in_shape, out_shape = layer.input_shape, layer.output_shape
         if not isinstance(kernel, (FcKernel, ChainKernel)):
-            in_shape, out_shape = kernel.workload.input_shape, kernel.workload.output_shape
+            in_shape, out_shape = kernel.workload.input_shape, kernel.workload.stored_shape
         data = self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape)
         arguments = [data, as_constant(choice.packed.values)]
         if choice.packed.index is not None:
@@ -180,9 +181,21 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         arguments.append(relax.const(fused.bias))
         if fused.residual is not None:
             arguments.append(self._shaped(self.visit_expr(fused.residual), out_shape))
-        self.reports.append(_report(fused, choice, function.name_hint))
         call = relax.call_tir(function, arguments, relax.TensorType(out_shape, "float32"))
+        pool = self._maxima(fused, kernel, call)
+        name = "" if pool is None else pool.args[0].name_hint
+        self.reports.append(_report(fused, choice, function.name_hint, name))
+        if fused.epilogue.pool:
+            return call if pool is None else pool
         return self._shaped(self.builder_.emit(call), layer.output_shape) if out_shape != layer.output_shape else call
+
+    def _maxima(self, fused: FusedLayer, kernel: Kernel, call: relax.Call) -> relax.Call | None:
+        """Return the pooling of a layer whose kernel leaves the maxima to it; None for all other layers."""
+        if not fused.epilogue.pool or isinstance(kernel, (FcKernel, ChainKernel)) or kernel.workload.epilogue.pool:
+            return None
+        work = conv_workload(fused.found.layer, fused.epilogue)
+        data = self._shaped(self.builder_.emit(call), work.output_shape)
+        return self._pooled(maxima_kernel(work, self._machine), data)
 
     def _chain(self, choice: ChainChoice) -> relax.Call:
         """Return the copy of a chain's output to the usual layout; chains that follow read the blocked one instead."""
@@ -247,9 +260,12 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         if value.op.name == "relax.nn.avg_pool2d":
             kind = PoolKind.AVERAGE_INCLUDE_PAD if attrs.count_include_pad else PoolKind.AVERAGE
         kernel = choose_pool_kernel(work, kind, (top, left, bottom, right), self._machine)
+        return self._pooled(kernel, self.visit_expr(value.args[0]))
+
+    def _pooled(self, kernel: PoolKernel, data: Any) -> relax.Call:
         function = self.builder_.add_func(pool_prim_func(kernel), "tvm_nm_pool")
-        data = self.visit_expr(value.args[0])
-        return relax.call_tir(function, [data], relax.TensorType(out_shape, "float32"))
+        shape = kernel.geometry.workload.output_shape
+        return relax.call_tir(function, [data], relax.TensorType(shape, "float32"))
 
 
 def _pair(values: Any) -> tuple[int, int]:
@@ -257,14 +273,15 @@ def _pair(values: Any) -> tuple[int, int]:
     return first, second
 
 
-def _report(fused: FusedLayer, choice: Choice, function: str) -> LayerReport:
+def _report(fused: FusedLayer, choice: Choice, function: str, pool: str) -> LayerReport:
     kernel = choice.kernel
     return _layer_report(
         fused,
         pattern=choice.pattern,
         density=choice.density,
-        kernel=str(kernel),
+        kernel=f"{kernel}, then a pooling" if pool else str(kernel),
         function=function,
+        pool=pool,
         kept_macs=kernel.macs,
         packed_bytes=choice.packed.bytes,
         note=choice.note,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from tvm_nm.schedules.lane_packing import pack_lane_conv
 from tvm_nm.schedules.lane_tiling import lane_candidates, lane_cycles
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row
+from tvm_nm.schedules.pool import maxima_cycles
 from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
 from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_cycles, winograd_fits
 from tvm_nm.workload import ConvWorkload, Epilogue
@@ -85,7 +87,8 @@ def choose_conv(
     weights
         (OC, IC / groups, KH, KW).
     epilogue
-        What is fused.
+        What belongs to the layer. Where it ends with maxima, a kernel that does not take them is counted with a pooling
+        of its own.
     machine
         What the kernel is generated for.
     always_sparse
@@ -96,12 +99,13 @@ def choose_conv(
         Tuned variants, which replace the default ones; where it knows the times of both kernels, they decide.
     """
     work = conv_workload(layer, epilogue)
-    dense = _best_option(KernelTask("conv", work, machine.threads), machine, tuned, winograd=winograd)
+    best = partial(_best_option, machine=machine, tuned=tuned, winograd=winograd, maxima=epilogue.pool)
+    dense = best(KernelTask("conv", work.unpooled, machine.threads))
     detection = detect_pattern(weights != 0, work.groups)
-    task = sparse_task(work, weights, detection.pattern, machine)
+    task = sparse_task(work.unpooled, weights, detection.pattern, machine)
     note = _why_dense(detection)
     if task is not None:
-        sparse = _best_option(task, machine, tuned, winograd=winograd)
+        sparse = best(task)
         ratio, measured = sparse.compared_with(dense)
         if ratio < (1 if measured else _CONV_WORTHWHILE) or always_sparse:
             packed = conv_family_of(sparse.kernel).pack(sparse.kernel, weights)
@@ -114,11 +118,15 @@ def choose_conv(
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """A kernel that may be chosen: the default variant with the model's cycles, and the tuned one if there is any."""
+    """A kernel that may be chosen: the default variant with the model's cycles, and the tuned one if there is any.
+
+    The pooling that follows it takes `pooling` times as long as the kernel.
+    """
 
     default: Kernel
     cycles: float
     tuned: TunedKernel | None
+    pooling: float
 
     @property
     def kernel(self) -> Kernel:
@@ -135,17 +143,19 @@ class _Option:
         """
         mine, others = self.tuned, other.tuned
         if mine is not None and others is not None and (mine.origin == "shipped") == (others.origin == "shipped"):
-            return mine.latency_us / others.latency_us, True
-        return self.cycles / other.cycles, False
+            return mine.latency_us * (1 + self.pooling) / (others.latency_us * (1 + other.pooling)), True
+        return self.cycles * (1 + self.pooling) / (other.cycles * (1 + other.pooling)), False
 
 
 def _best(tuned: TunedKernels | None, task: KernelTask) -> TunedKernel | None:
     return None if tuned is None else tuned.best(task)
 
 
-def _option(task: KernelTask, machine: Machine, tuned: TunedKernels | None) -> _Option:
+def _option(task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, pool_apart: bool = False) -> _Option:
     default = default_kernel(task, machine)
-    return _Option(default, kernel_cycles(default, machine), _best(tuned, task))
+    cycles = kernel_cycles(default, machine)
+    pooling = maxima_cycles(task.workload, machine) / cycles if pool_apart else 0.0
+    return _Option(default, cycles, _best(tuned, task), pooling)
 
 
 def choose_fc(
@@ -224,14 +234,16 @@ def _why_dense(detection: Detection) -> str:
     return "" if detection.density > _STRAY_ZEROS else detection.reason
 
 
-def _best_option(task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, winograd: bool) -> _Option:
-    """Return a task's best kernel, direct or Winograd.
+def _best_option(
+    task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, winograd: bool, maxima: bool
+) -> _Option:
+    """Return a direct task's best kernel, direct or Winograd, which takes the maxima that follow.
 
     Winograd's weights are 1.8 to 4 times as large and its rounding errors larger: a small gain is not worth them.
     """
-    direct = _option(task, machine, tuned)
+    direct = _option(task, machine, tuned, pool_apart=maxima)
     if winograd and winograd_fits(task, machine):
-        transformed = _option(task.as_winograd, machine, tuned)
+        transformed = _option(task.with_maxima if maxima else task.as_winograd, machine, tuned)
         if transformed.compared_with(direct)[0] < _CONV_WORTHWHILE:
             return transformed
     return direct

@@ -68,7 +68,7 @@ def conv_argument_shapes(
     shapes["bias"] = ((work.out_channels,), "float32")
     if work.epilogue.residual:
         shapes["residual"] = (work.output_shape, "float32")
-    return {**shapes, "out": (work.output_shape, "float32")}
+    return {**shapes, "out": (work.stored_shape, "float32")}
 
 
 def kernel_func(arguments: list[te.Tensor | None]) -> tvm.tirx.PrimFunc:

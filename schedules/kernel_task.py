@@ -88,7 +88,7 @@ class KernelTask:
         each kernel position. 0 where nothing is known of that.
     winograd
         Whether it is computed by Winograd's algorithm, which needs whole kernels: a task of its own, since who builds
-        may not want that.
+        may not want that. Only then the epilogue may take maxima.
     links
         The rest of a chain.
 
@@ -96,7 +96,7 @@ class KernelTask:
     ------
     ValueError
         If a dense task has a block, or a sparse one keeps nothing or more than there is, or Winograd's algorithm does
-        not apply.
+        not apply, or a direct one takes maxima.
     """
 
     kind: Literal["conv", "fc", "chain"]
@@ -117,6 +117,8 @@ class KernelTask:
             raise ValueError(f"no chain: {self!r}")
         if self.winograd and not self.takes_winograd:
             raise ValueError(f"Winograd's algorithm does not apply to {self!r}")
+        if self.workload.epilogue.pool and not self.winograd:
+            raise ValueError(f"only Winograd kernels take maxima: {self!r}")
         if self.index is IndexKind.NONE:
             if self.block or self.kept or self.group:
                 raise ValueError(f"a dense task has neither block nor kept, not {self.block} and {self.kept}")
@@ -150,7 +152,7 @@ class KernelTask:
         """The same layer with all its weights."""
         if self.links is not None:
             return replace(self, links=replace(self.links, kept=KEEP_ALL, last_kept=KEEP_ALL))
-        return KernelTask(self.kind, self.workload, self.threads)
+        return KernelTask(self.kind, self.workload.unpooled, self.threads)
 
     @property
     def takes_winograd(self) -> bool:
@@ -162,6 +164,12 @@ class KernelTask:
     def as_winograd(self) -> KernelTask:
         """The same by Winograd's algorithm."""
         return replace(self, winograd=True)
+
+    @property
+    def with_maxima(self) -> KernelTask:
+        """The same by Winograd's algorithm, with maxima of 2x2 pixels after all else."""
+        work = replace(self.workload, epilogue=replace(self.workload.epilogue, pool=True))
+        return replace(self, winograd=True, workload=work)
 
     def with_kept(self, kept: int) -> KernelTask:
         """Return the task at another density."""

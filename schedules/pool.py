@@ -27,11 +27,21 @@ from tvm_nm.schedules.geometry import PixelGeometry
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["PoolKernel", "PoolKind", "choose_pool_kernel", "pool_prim_func", "schedule_pool"]
+__all__ = [
+    "PoolKernel",
+    "PoolKind",
+    "choose_pool_kernel",
+    "maxima_cycles",
+    "maxima_kernel",
+    "pool_prim_func",
+    "schedule_pool",
+]
 
 POOL_RULE = "tvm_nm_pool"
 _LOWEST = -3.402823466e38
 _MAX_UNROLLED_TAPS = 64
+# Measured on 14x14 to 224x224 pixels, for vectors of inputs.
+_MAXIMA_CYCLES_PER_VECTOR = 20.0
 
 
 class PoolKind(str, Enum):
@@ -69,6 +79,20 @@ def choose_pool_kernel(
     small = [g for g in fitting if g.vectors * g.lanes <= 2048] or fitting[-1:]
     best = min(small, key=lambda g: (g.chunks * (g.vectors + 4), g.chunks))
     return PoolKernel(best, kind, explicit_padding)
+
+
+def maxima_kernel(work: ConvWorkload, machine: Machine) -> PoolKernel:
+    """Return the kernel for maxima of squares of 2x2 pixels of a convolution's output."""
+    channels = work.out_channels
+    shape = (work.batch, channels, channels, work.out_height, work.out_width)
+    pool = ConvWorkload(*shape, (2, 2), (2, 2), groups=channels)
+    return choose_pool_kernel(pool, PoolKind.MAX, (0, 0, 0, 0), machine)
+
+
+def maxima_cycles(work: ConvWorkload, machine: Machine) -> float:
+    """Return the cycles that `maxima_kernel` takes, as the models of convolutions count them."""
+    vectors = work.batch * work.out_channels * work.out_pixels / machine.lanes
+    return vectors * _MAXIMA_CYCLES_PER_VECTOR * machine.imbalance(work.batch * work.out_channels)
 
 
 @lru_cache(maxsize=128)

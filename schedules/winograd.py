@@ -102,11 +102,15 @@ class WinogradKernel:
 
     @property
     def tile_rows(self) -> int:
-        return -(-self.workload.out_height // self.tile)
+        return -(-self._wanted(self.workload.out_height) // self.tile)
 
     @property
     def tile_columns(self) -> int:
-        return -(-self.workload.out_width // self.tile)
+        return -(-self._wanted(self.workload.out_width) // self.tile)
+
+    def _wanted(self, pixels: int) -> int:
+        """Return how many output rows or columns are needed: maxima leave an odd last one out."""
+        return pixels - pixels % 2 if self.workload.epilogue.pool else pixels
 
     @property
     def row_chunks(self) -> int:
@@ -224,6 +228,8 @@ def winograd_prim_func(kernel: WinogradKernel) -> tvm.tirx.PrimFunc:
     arguments = ConvArguments.of(kernel.workload, kernel.weight_shape, kernel.index_shape, kernel.index_dtype)
     frequencies = _input_transform(kernel, _channel_vectors(kernel, arguments.data))
     tiles = _output_transform(kernel, _products(kernel, frequencies, arguments.weight, arguments.index))
+    if kernel.workload.epilogue.pool:
+        tiles = _maxima(kernel, tiles)
     return arguments.func(_store(kernel, tiles, arguments.bias, arguments.residual))
 
 
@@ -325,8 +331,26 @@ def _output_transform(kernel: WinogradKernel, sums: te.Tensor) -> te.Tensor:
     return te.compute((*outer, kernel.chunk_rows, tile, columns, tile, lanes), by_columns, name="tiles")
 
 
+def _maxima(kernel: WinogradKernel, tiles: te.Tensor) -> te.Tensor:
+    """Return the largest of each square of 2x2 pixels of a tile: as the tiles, with half as many rows and columns.
+
+    Bias and activation grow with what they are applied to, also when rounded: they give the same after the maxima.
+    """
+    *outer, rows, _, columns, _, lanes = tiles.shape
+
+    def largest(*at: Any) -> Any:
+        *chunk, ty, p, tx, q, lane = at
+        places = [(*chunk, ty, 2 * p + a, tx, 2 * q + b, lane) for a in (0, 1) for b in (0, 1)]
+        one, two, three, four = (tiles[place] for place in places)
+        return tirx.max(tirx.max(one, two), tirx.max(three, four))
+
+    half = kernel.tile // 2
+    return te.compute((*outer, rows, half, columns, half, lanes), largest, name="maxima")
+
+
 def _store(kernel: WinogradKernel, tiles: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:
-    work, lanes, tile, columns = kernel.workload, kernel.lanes, kernel.tile, kernel.chunk_columns
+    work, lanes, columns = kernel.workload, kernel.lanes, kernel.chunk_columns
+    tile = kernel.tile // 2 if work.epilogue.pool else kernel.tile
     rows_of_chunk, columns_of_chunk = kernel.chunk_rows * tile, columns * tile
     per_block = kernel.oc_vectors * lanes
 
@@ -349,4 +373,4 @@ def _store(kernel: WinogradKernel, tiles: te.Tensor, bias: te.Tensor, residual: 
             value = value + residual[n, oc, y, x]
         return activate(value, work.epilogue)
 
-    return te.compute(work.output_shape, element, name="out")
+    return te.compute(work.stored_shape, element, name="out")

@@ -59,12 +59,19 @@ def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     pixels = _producer(sch, input_rows, "pixels")
     output_rows = sch.get_consumers(sums)[0]
     tiles = sch.get_consumers(output_rows)[0]
-    out = sch.get_consumers(tiles)[0]
+    # What is stored: the tiles, or the maxima of their squares of 2x2 pixels.
+    stored = out = sch.get_consumers(tiles)[0]
+    maxima = sch.get(out).name_hint == "maxima"
+    if maxima:
+        out = sch.get_consumers(out)[0]
+    else:
+        stored = tiles
+    pixels_of_tile = tile // 2 if maxima else tile
     lanes, oc_vectors = (int(sch.get(sch.get_loops(sums)[axis]).extent) for axis in (8, 7))
 
     n, oc, y, x = sch.get_loops(out)
-    chunk_row, row = sch.split(y, [None, chunk_rows * tile])
-    chunk_column, column = sch.split(x, [None, chunk_columns * tile])
+    chunk_row, row = sch.split(y, [None, chunk_rows * pixels_of_tile])
+    chunk_column, column = sch.split(x, [None, chunk_columns * pixels_of_tile])
     block, in_block = sch.split(oc, [None, oc_vectors * lanes])
     vector, lane = sch.split(in_block, [oc_vectors, lanes])
     sch.reorder(n, chunk_row, chunk_column, block, vector, row, column, lane)
@@ -76,11 +83,16 @@ def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
         sch.parallel(task)
 
     # output transform
-    sch.compute_at(tiles, sch.get_loops(out)[0] if staged else vector, preserve_unit_loops=True)
-    ty, p, tx, q, tlane = sch.get_loops(tiles)[-5:]
+    sch.compute_at(stored, sch.get_loops(out)[0] if staged else vector, preserve_unit_loops=True)
+    ty, p, tx, q, tlane = sch.get_loops(stored)[-5:]
     sch.reorder(ty, tx, p, q, tlane)
+    _register_block(sch, stored, [p, q], tlane)
+    if maxima:
+        sch.compute_at(tiles, tx, preserve_unit_loops=True)
+        sch.set_scope(tiles, 0, "local")
+        _, p, _, q, tlane = sch.get_loops(tiles)[-5:]
+        _register_block(sch, tiles, [p, q], tlane)
     sch.compute_at(output_rows, tx, preserve_unit_loops=True)
-    _register_block(sch, tiles, [p, q], tlane)
     rp, rj, rlane = sch.get_loops(output_rows)[-3:]
     sch.set_scope(output_rows, 0, "local")
     sch.reorder(rj, rp, rlane)

@@ -23,6 +23,7 @@ _STEP_OVERHEAD = 30.0
 _COPY_CYCLES_PER_PIXEL = 8.0
 _INPUT_CYCLES_PER_VALUE = 5.0
 _OUTPUT_CYCLES_PER_VALUE = 12.0
+_MAXIMA_CYCLES_PER_VALUE = 4.0  # the same where a quarter of the values is stored
 # What a core has to itself of 2 MiB beside a busy neighbour and what is streamed.
 _L2_BYTES = 1 << 20
 _L2_BYTES_PER_CYCLE = 64.0
@@ -47,7 +48,8 @@ def winograd_cycles(kernel: WinogradKernel, machine: Machine) -> float:
     tiles = kernel.chunks * kernel.chunk_tiles
     pixels = kernel.chunks * (kernel.chunk_rows * kernel.tile + 2) * (kernel.chunk_columns * kernel.tile + 2)
     transforms = kernel.ic_vectors * (tiles * frequencies * _INPUT_CYCLES_PER_VALUE + pixels * _COPY_CYCLES_PER_PIXEL)
-    transforms += tiles * kernel.oc_blocks * kernel.oc_vectors * kernel.tile**2 * _OUTPUT_CYCLES_PER_VALUE
+    per_value = _MAXIMA_CYCLES_PER_VALUE if kernel.workload.epilogue.pool else _OUTPUT_CYCLES_PER_VALUE
+    transforms += tiles * kernel.oc_blocks * kernel.oc_vectors * kernel.tile**2 * per_value
     tasks = frequencies * kernel.oc_blocks if kernel.staged else kernel.chunks
     cycles = (products + transforms + _stream_cycles(kernel)) * machine.imbalance(tasks)
     cycles += _TASK_OVERHEAD * kernel.chunks

@@ -267,7 +267,8 @@ def profile_layers(model: CompiledModel, *, runs: int = 10) -> tuple[LayerTime, 
 
     Returns
     -------
-    The layers in call order, then the other functions by name, then ``other``, which is the virtual machine's own work.
+    The layers in call order, each with the pooling that belongs to it, then the other functions by name, then
+    ``other``, which is the virtual machine's own work.
 
     Raises
     ------
@@ -285,7 +286,9 @@ def profile_layers(model: CompiledModel, *, runs: int = 10) -> tuple[LayerTime, 
     layers: list[LayerTime] = []
     rest: dict[str, tuple[int, float]] = {}
     for name, chain, time_us in zip(timer.names, calls, medians_us.tolist(), strict=True):
-        if chain:
+        if chain and name == chain[0].pool:
+            layers[-1] = replace(layers[-1], calls=2, time_us=layers[-1].time_us + time_us)
+        elif chain:
             layers.append(LayerTime(chain[0].name, _whole(chain), 1, time_us, statistics.median(peaks)))
         else:
             group = "other" if name.startswith("vm.builtin.") else name

@@ -21,7 +21,7 @@ class LayerReport:
     workload
         Shape in words, such as `64->64 56x56 k3x3`.
     epilogue
-        What was fused into the kernel, such as `bias+add+relu`.
+        What belongs to the layer beside the convolution, such as `bias+add+relu`.
     pattern
         Sparsity pattern that the kernel exploits; `dense` where it exploits none.
     density
@@ -45,6 +45,9 @@ class LayerReport:
     chain
         Name of the layer whose call computes this one as well (see `tvm_nm.schedules.chain`); empty for a layer with a
         call of its own, and for the first of a chain.
+    pool
+        Name of the function that is called right after the layer's and takes its epilogue's maxima; empty where there
+        are none or the layer's own function takes them.
     """
 
     name: str
@@ -62,6 +65,7 @@ class LayerReport:
     shape: str = ""
     tuning: str = "default"
     chain: str = ""
+    pool: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

@@ -142,11 +142,16 @@ def layer_model(shape: LayerShape, epilogue: Epilogue) -> onnx.ModelProto:
                 constants[name] = np.asarray(bound, np.float32)
             bounds.append(name if bound is not None else "")
         nodes.append(helper.make_node("Clip", [last, *bounds], ["y2"], name="clip"))
+    stored = list(shape.output_shape)
+    if epilogue.pool:
+        square = {"kernel_shape": [2, 2], "strides": [2, 2]}
+        nodes.append(helper.make_node("MaxPool", [nodes[-1].output[0]], ["y3"], name="pool", **square))
+        stored[2:] = [size // 2 for size in stored[2:]]
     graph = helper.make_graph(
         nodes,
         shape.name,
         inputs,
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, list(shape.output_shape))],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, stored)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

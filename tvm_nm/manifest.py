@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +190,13 @@ def _texts(data: dict[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _entry(kind: type, item: object) -> dict[str, Any]:
-    """Return an object's entries after checking that they are the fields of a dataclass, and numbers where it says."""
+    """Return an object's entries after checking that they are the fields of a dataclass, and numbers where it says.
+
+    Artefacts of earlier releases may lack fields with defaults.
+    """
     names = {field.name: str(field.type) for field in fields(kind)}
-    if not isinstance(item, dict) or item.keys() != names.keys():
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    if not isinstance(item, dict) or not needed <= item.keys() <= names.keys():
         raise ValueError(f"{item!r:.60} is not a {kind.__name__}")
     allowed: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
     for name, value in item.items():

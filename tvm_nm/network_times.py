@@ -49,7 +49,7 @@ class NetworkTimes:
         One call, from NumPy arrays to NumPy arrays.
     layers_us
         Its layers, as in the model's `layers`; several that one call computes share its time by the
-        multiply-accumulates that they execute.
+        multiply-accumulates that they execute. A layer's time includes that of its pooling.
     """
 
     total_us: float
@@ -140,7 +140,8 @@ def layer_calls(model: CompiledModel, names: Sequence[str]) -> list[tuple[LayerR
 
     Returns
     -------
-    For each call its layer, or the layers of its chain; nothing for calls that compute none.
+    For each call its layer, or the layers of its chain; nothing for calls that compute none. A layer with a pooling of
+    its own has two.
 
     Raises
     ------
@@ -150,7 +151,12 @@ def layer_calls(model: CompiledModel, names: Sequence[str]) -> list[tuple[LayerR
     functions = {layer.function for layer in model.layers}
     pending = list(model.layers)
     found: list[tuple[LayerReport, ...]] = []
+    pooled: LayerReport | None = None
     for name in names:
+        if pooled is not None and name == pooled.pool:
+            found.append((pooled,))
+            pooled = None
+            continue
         if name not in functions:
             found.append(())
             continue
@@ -160,6 +166,7 @@ def layer_calls(model: CompiledModel, names: Sequence[str]) -> list[tuple[LayerR
         while pending and pending[0].chain == chain[0].name:
             chain.append(pending.pop(0))
         found.append(tuple(chain))
+        pooled = chain[0] if chain[0].pool else None
     return found
 
 
@@ -168,10 +175,11 @@ class _Contestant:
         self._model = model
         self._inputs = random_inputs(model.inputs)
         self._timer = CallTimer(model)
-        calls = enumerate(layer_calls(model, self._timer.names))
-        parts = [(call, share) for call, chain in calls for share in _shares(chain)]
-        self._calls = [call for call, _ in parts]
-        self._shares = np.array([share for _, share in parts])
+        calls = layer_calls(model, self._timer.names)
+        place = {layer.name: number for number, layer in enumerate(model.layers)}
+        self._shares = np.zeros((len(calls), len(model.layers)))  # of a call's time that a layer takes
+        for call, chain in enumerate(calls):
+            self._shares[call, [place[layer.name] for layer in chain]] = _shares(chain)
         model(self._inputs)
         begin = time.perf_counter()
         model(self._inputs)
@@ -191,7 +199,7 @@ class _Contestant:
 
     def times(self) -> NetworkTimes:
         calls = np.array(self._layers)
-        layers = fastest_tenth(calls[:, self._calls], calls.sum(axis=1)) * self._shares
+        layers = fastest_tenth(calls, calls.sum(axis=1)) @ self._shares
         return NetworkTimes(self.total_us(), layers)
 
     def total_us(self) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["ConvWorkload", "Epilogue"]
 
-_EPILOGUE = re.compile(r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?")
+_EPILOGUE = re.compile(
+    r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?(?P<pool>\+max2x2)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +22,25 @@ class Epilogue:
         A tensor of the output's shape is added.
     clip_min, clip_max
         Bounds of the activation, None where it has none. ReLU is `(0.0, None)`, ReLU6 `(0.0, 6.0)`.
+    pool
+        The largest of each square of 2x2 pixels is stored; an odd last row or column is dropped.
 
     The bias is always there; a convolution without one adds zeros.
+
+    Raises
+    ------
+    ValueError
+        If a residual is added before the maxima: there is no kernel for that.
     """
 
     residual: bool = False
     clip_min: float | None = None
     clip_max: float | None = None
+    pool: bool = False
+
+    def __post_init__(self) -> None:
+        if self.residual and self.pool:
+            raise ValueError(f"nothing takes maxima of sums with a residual: {self!r}")
 
     def __str__(self) -> str:
         parts = ["bias"]
@@ -36,6 +50,8 @@ class Epilogue:
             parts.append("relu")
         elif self.clip_min is not None or self.clip_max is not None:
             parts.append(f"clip({self.clip_min},{self.clip_max})")
+        if self.pool:
+            parts.append("max2x2")
         return "+".join(parts)
 
     @classmethod
@@ -50,15 +66,18 @@ class Epilogue:
         found = _EPILOGUE.fullmatch(text)
         if found is None:
             raise ValueError(f"{text!r:.60} is no epilogue, such as 'bias+add+relu'")
+        add, pool = bool(found["add"]), bool(found["pool"])
         if found["relu"]:
-            return cls(bool(found["add"]), 0.0)
+            return cls(add, 0.0, pool=pool)
         low, high = (None if found[name] in (None, "None") else float(found[name]) for name in ("low", "high"))
-        return cls(bool(found["add"]), low, high)
+        return cls(add, low, high, pool)
 
 
 @dataclass(frozen=True, slots=True)
 class ConvWorkload:
     """A float32 NCHW convolution with static shapes; 1-D convolutions have `height` 1.
+
+    What is named after its output is before any maxima of the epilogue; `stored_shape` is what these leave.
 
     Attributes
     ----------
@@ -99,6 +118,8 @@ class ConvWorkload:
             )
         if self.out_height < 1 or self.out_width < 1:
             raise ValueError(f"the kernel is larger than the padded input: {self!r}")
+        if self.epilogue.pool and (self.out_height < 2 or self.out_width < 2):
+            raise ValueError(f"nothing is left of an output without a square of 2x2 pixels: {self!r}")
 
     @property
     def out_height(self) -> int:
@@ -119,6 +140,17 @@ class ConvWorkload:
     def output_shape(self) -> tuple[int, int, int, int]:
         """(N, OC, OH, OW)."""
         return (self.batch, self.out_channels, self.out_height, self.out_width)
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int, int]:
+        """(N, OC, height, width) of what the epilogue leaves of the output."""
+        shrink = 2 if self.epilogue.pool else 1
+        return (self.batch, self.out_channels, self.out_height // shrink, self.out_width // shrink)
+
+    @property
+    def unpooled(self) -> ConvWorkload:
+        """The same without the maxima of its epilogue."""
+        return replace(self, epilogue=replace(self.epilogue, pool=False))
 
     @property
     def reach(self) -> tuple[int, int]:

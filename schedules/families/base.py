@@ -112,7 +112,7 @@ class ConvFamily(KernelFamily[C]):
         arrays += [] if table is None else [table]
         arrays.append(values((work.out_channels,)))
         arrays += [values(work.output_shape)] if work.epilogue.residual else []
-        return [*arrays, np.zeros(work.output_shape, np.float32)]
+        return [*arrays, np.zeros(work.stored_shape, np.float32)]
 
 
 class RandomValues:

@@ -12,6 +12,7 @@ from relax_modules import Builder, module
 from tvm import relax
 
 from tvm_nm.inventory import layer_calls
+from tvm_nm.passes.dataflow import static_shape
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues, scalar
 from tvm_nm.workload import Epilogue
 
@@ -290,3 +291,64 @@ def test_bounds_are_read_from_constants() -> None:
     clip = module(lambda b, x: b(op.clip(x, -1.5, 2)), X)["main"].body.blocks[0].bindings[0].value
     assert [scalar(argument) for argument in clip.args[1:]] == [-1.5, 2.0]
     assert scalar(tvm.tirx.IntImm("int64", 4)) == 4.0
+
+
+def max_pool(b: Builder, x: Any, size: int = 2, stride: int = 2, **attributes: Any) -> Any:
+    return b(op.nn.max_pool2d(x, (size, size), (stride, stride), **attributes))
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 6), (3, 4, 7, 9)])
+def test_maxima_belong_to_the_layer(shape: tuple[int, ...]) -> None:
+    layer = only(lambda b, x: max_pool(b, b.relu(b.bias(b.conv(x, 8)))), shape)
+    assert layer.epilogue == Epilogue(False, 0.0, pool=True)
+    assert len(layer.absorbed) == 3
+    assert static_shape(layer.end) == (shape[0], 8, shape[2] // 2, shape[3] // 2)
+
+
+def test_maxima_of_a_bare_layer_and_what_follows_them() -> None:
+    layer = only(lambda b, x: b.relu(max_pool(b, b.conv(x, 8))))
+    assert layer.epilogue == Epilogue(pool=True)
+    assert len(layer.absorbed) == 1
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        {"size": 3},
+        {"stride": 1},
+        {"padding": (1, 1, 1, 1)},
+        {"dilation": (2, 2)},
+        {"ceil_mode": True},  # of 7x7 pixels: windows that begin in the last row
+    ],
+    ids=str,
+)
+def test_other_poolings_stay(pool: dict[str, Any]) -> None:
+    layer = only(lambda b, x: max_pool(b, b.relu(b.conv(x, 8)), **pool), (1, 4, 7, 7))
+    assert layer.epilogue == Epilogue(False, 0.0)
+    assert len(layer.absorbed) == 1
+
+
+def test_ceil_mode_makes_no_difference_to_even_sizes() -> None:
+    assert only(lambda b, x: max_pool(b, b.conv(x, 8), ceil_mode=True)).epilogue.pool
+
+
+@pytest.mark.parametrize(
+    "conv", [{"kernel": 1}, {"kernel": 5}, {"strides": 2}, {"groups": 2}, {"dilation": 2, "padding": 2}], ids=str
+)
+def test_maxima_of_layers_without_winograd_kernels_stay(conv: dict[str, Any]) -> None:
+    assert not only(lambda b, x: max_pool(b, b.conv(x, 8, **conv)), (1, 4, 12, 12)).epilogue.pool
+
+
+def test_averages_and_maxima_of_sums_with_a_residual_stay() -> None:
+    average = only(lambda b, x: b(op.nn.avg_pool2d(b.conv(x, 8), (2, 2), (2, 2))))
+    assert average.epilogue == Epilogue()
+    residual = only(lambda b, x, r: max_pool(b, b.relu(b.add(b.conv(x, 8), r))), X, (1, 8, 6, 6))
+    assert residual.epilogue == Epilogue(True, 0.0)
+
+
+def test_maxima_of_what_others_read_stay() -> None:
+    def build(b: Builder, x: Any) -> list[Any]:
+        y = b.relu(b.conv(x, 8))
+        return [max_pool(b, y), b(op.tanh(y))]
+
+    assert only(build).epilogue == Epilogue(False, 0.0)

@@ -18,17 +18,21 @@ from tvm_nm.inventory import LAYERS_ATTR, inventory, layer_weights
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.passes.lower import REPORTS_ATTR, Lower, layer_reports
 from tvm_nm.passes.prune import Prune
-from tvm_nm.passes.select import conv_workload
+from tvm_nm.passes.select import choose_conv, conv_workload
 from tvm_nm.patterns import parse_pattern
 from tvm_nm.pipeline import build_executable
 from tvm_nm.plan import uniform_plan
 from tvm_nm.relax_numpy import NumpyModule
-from tvm_nm.schedules.conv import IndexKind, conv_prim_func
+from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
 from tvm_nm.schedules.fc import choose_fc_kernel, fc_prim_func, pack_fc
+from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import host_target, machine_of, target_from_json
 from tvm_nm.schedules.packing import pack_conv
 from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
 from tvm_nm.schedules.tiling import choose_kernel
+from tvm_nm.schedules.tuned import TunedKernel
+from tvm_nm.schedules.variants import default_kernel
+from tvm_nm.schedules.winograd import WinogradKernel
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 TARGET = host_target(1)
@@ -307,6 +311,84 @@ def test_winograd_skips_whole_kernels(pattern: str, reduction: float) -> None:
     assert (report.pattern, report.macs / report.kept_macs) == (pattern, reduction)
     assert report.kernel.startswith("winograd 4x4") is (pattern == "1x16")
     assert ("channel" in report.kernel) is (pattern == "1x16")
+
+
+def with_maxima(b: Builder, x: Any) -> Any:
+    """A layer that Winograd's algorithm computes, its maxima, and a pointwise layer."""
+    x = b(op.nn.max_pool2d(b.relu(b.bias(b.conv(x, 64))), (2, 2), (2, 2)))
+    return b.conv(x, 16, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("size", [28, 29])
+def test_a_winograd_kernel_takes_the_maxima(size: int, batch: int) -> None:
+    mod = module(with_maxima, (batch, 64, size, size))
+    after = lower(mod, winograd=True)
+    assert operators(after).count("tvm_nm_conv") == 2
+    assert "tvm_nm_pool" not in operators(after)
+    report, other = layer_reports(after)
+    assert (report.epilogue, report.pool, other.epilogue) == ("bias+relu+max2x2", "", "bias")
+    assert report.kernel.startswith("winograd 4x4")
+    assert "pool" not in report.kernel
+    assert report.workload.endswith(f"64->64 {size}x{size} k3x3")
+    assert_same_results(mod, 1e-5)
+
+
+def test_the_maxima_of_a_direct_kernel_are_a_call_of_their_own() -> None:
+    mod = module(with_maxima, (1, 64, 29, 28))
+    after = lower(mod, winograd=False)
+    assert [op for op in operators(after) if op != "relax.reshape"] == ["tvm_nm_conv", "tvm_nm_pool", "tvm_nm_conv"]
+    report, _ = layer_reports(after)
+    assert (report.epilogue, report.pool) == ("bias+relu+max2x2", "tvm_nm_pool")
+    assert report.kernel.endswith(", then a pooling")
+    built = build_executable(mod, TARGET, winograd=False)
+    inputs = inputs_of(mod)
+    (found,) = run(built.executable, *inputs)
+    np.testing.assert_array_equal(found, NumpyModule(mod)(*inputs)[0])
+
+
+def test_a_sparse_winograd_kernel_takes_the_maxima() -> None:
+    mask = mask_of("1x16", (64, 64, 3, 3), 0.25)
+
+    def build(b: Builder, x: Any) -> Any:
+        return b(op.nn.max_pool2d(b.relu(b.bias(b.conv(x, 64, mask=mask))), (2, 2), (2, 2)))
+
+    mod = module(build, (1, 64, 28, 28))
+    (report,) = layer_reports(lower(mod, always_sparse=False, winograd=True))
+    assert (report.pattern, report.epilogue, report.kernel[:8]) == ("1x16", "bias+relu+max2x2", "winograd")
+    assert_same_results(mod, 1e-5)
+
+
+def test_a_depthwise_layer_behind_a_pooling_is_in_no_chain() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        x = b(op.nn.max_pool2d(b.relu(b.conv(x, 32)), (2, 2), (2, 2)))
+        return b.conv(b.relu(b.conv(x, 32, groups=32)), 16, 1)
+
+    mod = module(build, (1, 16, 28, 28))
+    first, *_ = layer_reports(lower(mod, winograd=True, always_sparse=False))
+    assert first.epilogue == "bias+relu+max2x2"
+    assert "chain" not in first.kernel
+    assert_same_results(mod, 1e-5)
+
+
+def test_the_saved_pooling_counts_when_a_kernel_is_chosen() -> None:
+    """What is as fast as a direct kernel is not worth its weights, unless it saves a pooling."""
+    layers = inventory(mod := module(with_maxima, (1, 64, 28, 28)))
+    weights = layer_weights(mod)[layers[0].name]
+
+    class Records:
+        """Both kernels take as long."""
+
+        def best(self, task: KernelTask) -> TunedKernel:
+            return TunedKernel(task, default_kernel(task, machine_of(AVX512)), 100.0, "measured")
+
+    plain, fused = (
+        choose_conv(layers[0], weights, Epilogue(False, 0.0, pool=pool), machine_of(AVX512), tuned=Records())
+        for pool in (False, True)
+    )
+    assert isinstance(plain.kernel, ConvKernel)
+    assert isinstance(fused.kernel, WinogradKernel)
+    assert fused.kernel.workload.epilogue.pool
 
 
 def test_a_sparse_layer_must_beat_winograd() -> None:

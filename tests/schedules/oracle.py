@@ -41,7 +41,11 @@ def conv(work: ConvWorkload, data: Array, weight: Array, bias: Array, residual: 
         for g in range(work.groups)
     ]
     sums = np.concatenate(groups, axis=1) + bias.astype(np.float64)[:, None, None]
-    return apply_epilogue(sums, work.epilogue, residual)
+    out = apply_epilogue(sums, work.epilogue, residual)
+    if not work.epilogue.pool:
+        return out
+    channels, height, width = work.out_channels, work.out_height, work.out_width
+    return max_pool(out, ConvWorkload(work.batch, channels, channels, height, width, (2, 2), (2, 2), groups=channels))
 
 
 def fc(data: Array, weight: Array, bias: Array, epilogue: Epilogue, residual: Array | None = None) -> Array:

@@ -54,7 +54,9 @@ def tasks(draw: st.DrawFn) -> KernelTask:
     threads = draw(st.sampled_from((1, 2, 8)))
     index = draw(st.sampled_from(tuple(IndexKind)))
     if index is IndexKind.NONE:
-        return KernelTask("conv", work, threads, winograd=winograd_applies(work) and draw(st.booleans()))
+        task = KernelTask("conv", work, threads, winograd=winograd_applies(work) and draw(st.booleans()))
+        maxima = task.winograd and not epilogue.residual and min(work.out_height, work.out_width) > 1
+        return task.with_maxima if maxima and draw(st.booleans()) else task
     of_nm = dict(zip(("of_group", "group"), draw(st.sampled_from(((0, 0), (2, 4), (1, 4), (3, 16)))), strict=True))
     full = KernelTask("conv", work, threads, index, draw(st.sampled_from((1, 4, 16))), 1, **of_nm)
     task = full.with_kept(draw(st.integers(1, full.inputs)))
@@ -77,6 +79,19 @@ def test_what_the_text_of_a_task_looks_like() -> None:
     assert str(square.as_winograd) == "conv 64x56x56->64 k3x3 bias+add+relu; winograd 1x16 channel 32; 1 thread"
     assert str(square.as_winograd.dense.as_winograd) == "conv 64x56x56->64 k3x3 bias+add+relu; winograd; 1 thread"
     assert str(replace(task.dense, threads=2)) == "conv 64x56x56->256 k1x1 bias+add+relu; dense; 2 threads"
+    plain = replace(square, workload=replace(square.workload, epilogue=Epilogue(False, 0.0)))
+    pooled = "conv 64x56x56->64 k3x3 bias+relu+max2x2; winograd 1x16 channel 32; 1 thread"
+    assert str(plain.with_maxima) == pooled
+    assert str(plain.with_maxima.dense) == "conv 64x56x56->64 k3x3 bias+relu; dense; 1 thread"
+
+
+def test_only_winograd_kernels_take_maxima() -> None:
+    work = ConvWorkload(1, 64, 64, 14, 14, (3, 3), epilogue=Epilogue(False, 0.0, pool=True))
+    with pytest.raises(ValueError, match="only Winograd kernels take maxima"):
+        KernelTask("conv", work, 1)
+    with pytest.raises(ValueError, match="only Winograd kernels take maxima"):
+        parse_task("conv 64x14x14->64 k3x3 bias+max2x2; dense; 1 thread")
+    assert KernelTask("conv", work.unpooled, 1).with_maxima == KernelTask("conv", work, 1, winograd=True)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +103,7 @@ def test_what_the_text_of_a_task_looks_like() -> None:
         "conv 64x56x56->64 k3x3 bias; winograd ; 1 thread",
         "conv 64x56x56->64 k3x3 bias; 1x16 channel 65; 1 thread",
         "conv 64x56x56->64 k3x3 bias+tanh; dense; 1 thread",
+        "conv 64x56x56->64 k3x3 bias+max3x3; dense; 1 thread",
         "pool 64x56x56->64 k3x3 bias; dense; 1 thread",
     ],
 )

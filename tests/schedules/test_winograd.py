@@ -27,6 +27,7 @@ EPILOGUES = [
     for residual in (False, True)
     for bounds in ((None, None), (0.0, None), (0.0, 6.0), (None, 1.0), (-0.5, 0.5))
 ]
+MAXIMA = [replace(epilogue, pool=True) for epilogue in EPILOGUES if not epilogue.residual]
 PROPERTY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 # Of the largest output; 256 channels of normal data give about 3e-6.
 TOLERANCE = 2e-5
@@ -34,10 +35,10 @@ TOLERANCE = 2e-5
 
 @st.composite
 def workloads(draw: st.DrawFn) -> ConvWorkload:
-    """3x3 convolutions of any size and padding."""
+    """3x3 convolutions of any size and padding, some with maxima."""
     padding = draw(st.one_of(st.just((1, 1, 1, 1)), st.tuples(*[st.integers(0, 3)] * 4)))
     size = st.one_of(st.integers(1, 20), st.sampled_from([14, 28, 33]))
-    return ConvWorkload(
+    work = ConvWorkload(
         draw(st.sampled_from([1, 1, 2, 3])),
         draw(st.sampled_from([1, 3, 7, 8, 16, 20, 33])),
         draw(st.sampled_from([1, 2, 7, 8, 16, 24, 33, 64, 70])),
@@ -47,6 +48,9 @@ def workloads(draw: st.DrawFn) -> ConvWorkload:
         padding=padding,
         epilogue=draw(st.sampled_from(EPILOGUES)),
     )
+    if min(work.out_height, work.out_width) > 1 and draw(st.booleans()):
+        return replace(work, epilogue=draw(st.sampled_from(MAXIMA)))
+    return work
 
 
 @st.composite
@@ -95,15 +99,14 @@ def run(
     data = draw(work.input_shape, rng)
     weights = pruned(kernel, draw((work.out_channels, work.in_channels, 3, 3), rng), rng)
     bias = draw((work.out_channels,), rng)
-    out_shape = work.output_shape
-    residual = draw(out_shape, rng) if work.epilogue.residual else None
+    residual = draw(work.output_shape, rng) if work.epilogue.residual else None
     packed = pack_winograd(kernel, weights)
     assert packed.values.shape == kernel.weight_shape
     assert (None if packed.index is None else packed.index.shape) == kernel.index_shape
     arguments = [data, packed.values, *([] if packed.index is None else [packed.index]), bias]
     if residual is not None:
         arguments.append(residual)
-    out = call(build(winograd_prim_func(kernel), target), arguments, out_shape)
+    out = call(build(winograd_prim_func(kernel), target), arguments, work.stored_shape)
     return out, conv(work, data, weights, bias, residual)
 
 
@@ -147,6 +150,41 @@ def test_chosen_variants(work: ConvWorkload, target: str, seed: int) -> None:
     kernel = choose_winograd(work, machine_of(TARGETS[target]))
     assert kernel is not None
     check(kernel, target, seed)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize(("tile", "size"), [(4, 14), (4, 13), (2, 9)])
+def test_maxima_are_those_of_what_would_be_stored(tile: int, size: int, staged: bool) -> None:
+    """Bit by bit: what comes after the maxima rounds as it does before them."""
+    work = ConvWorkload(2, 24, 40, size, size + 3, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(False, -0.3, 7.1))
+    rows, columns = -(-size // tile), -(-(size + 3) // tile)
+    plain = WinogradKernel(work, 16, tile, rows if staged else 2, columns, 2, 3, staged, 32, 11)
+    fused = replace(plain, workload=replace(work, epilogue=replace(work.epilogue, pool=True)))
+    stored, _ = run(plain, TARGETS["one thread"], *seeded(), draw=normal)
+    out, _ = run(fused, TARGETS["one thread"], *seeded(), draw=normal)
+    whole = stored[:, :, : size // 2 * 2, : (size + 3) // 2 * 2].reshape(2, 40, size // 2, 2, -1, 2)
+    np.testing.assert_array_equal(out, whole.max(axis=(3, 5)))
+
+
+def test_rows_and_columns_that_maxima_drop_are_not_computed() -> None:
+    work = ConvWorkload(1, 8, 8, 5, 9, (3, 3), padding=(1, 1, 1, 1))
+    kernel = WinogradKernel(work, 16, 4, 1, 3, 1, 3, False)
+    fused = replace(kernel, workload=replace(work, epilogue=Epilogue(pool=True)))
+    assert (kernel.tile_rows, kernel.tile_columns) == (2, 3)
+    assert (fused.tile_rows, fused.tile_columns) == (1, 2)
+    assert fused.workload.stored_shape == (1, 8, 2, 4)
+
+
+@pytest.mark.parametrize("threads", ["one thread", "two threads"])
+def test_maxima_are_predicted_to_save_stores(threads: str) -> None:
+    machine = machine_of(TARGETS[threads])
+    work = ConvWorkload(1, 64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
+    plain, fused = (
+        choose_winograd(replace(work, epilogue=Epilogue(False, 0.0, pool=pool)), machine) for pool in (False, True)
+    )
+    assert plain is not None
+    assert fused is not None
+    assert 0.7 < winograd_cycles(fused, machine) / winograd_cycles(plain, machine) < 1
 
 
 @pytest.mark.parametrize("tile", sorted(POINTS))

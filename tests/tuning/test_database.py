@@ -122,6 +122,29 @@ def test_another_epilogue_has_the_same_variant(tmp_path: Path) -> None:
     assert found.kernel.workload == other.workload
 
 
+def test_a_layer_with_maxima_has_the_variant_without_them(tmp_path: Path) -> None:
+    task = HALF.as_winograd
+    text = variants(task)[2]
+    database = filled(tmp_path, Trial(task, text, 200.0), Trial(task.with_kept(16), text, 120.0))
+    found = database.best(task.with_maxima)
+    assert found is not None
+    assert (found.origin, variant_text(found.kernel)) == ("interpolated", text)
+    assert found.kernel.workload.epilogue.pool
+    assert 120.0 < found.latency_us < 200.0  # a quarter of the stores
+    # Also where the layer without maxima was measured at other densities only.
+    between, plain = (database.best(t.with_kept(24)) for t in (task.with_maxima, task))
+    assert between is not None
+    assert plain is not None
+    assert variant_text(between.kernel) == text
+    assert between.latency_us < plain.latency_us == pytest.approx(160.0)
+    # Its own record goes first, and direct kernels have none of either.
+    database.add([Trial(task.with_maxima, variants(task)[1], 150.0)])
+    own = database.best(task.with_maxima)
+    assert own is not None
+    assert (own.origin, own.latency_us) == ("measured", 150.0)
+    assert database.best(HALF) is None
+
+
 def test_an_exact_record_of_a_later_table_goes_before_a_prediction(tmp_path: Path) -> None:
     text = variants(HALF)[0]
     mine = filled(tmp_path / "mine", Trial(HALF.with_kept(16), text, 100.0))

@@ -77,6 +77,12 @@ def test_a_manifest_survives_its_file(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
+def test_layers_of_earlier_releases_lack_what_has_a_default() -> None:
+    data = json.loads(EXAMPLE.to_json())
+    del data["layers"][0]["pool"]
+    assert Manifest.from_json(json.dumps(data)) == EXAMPLE
+
+
 def test_macs_are_summed_over_layers() -> None:
     twice = dataclasses.replace(EXAMPLE, layers=EXAMPLE.layers * 2)
     assert (twice.macs, twice.kept_macs) == (200, 100)

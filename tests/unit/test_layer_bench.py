@@ -19,25 +19,46 @@ from tvm_nm.layer_times import LayerTime, mean_share_of_peak, pruned_layers
 from tvm_nm.reference_run import TensorSpec, random_inputs, run_onnx
 from tvm_nm.report import layer_times_table, to_text
 from tvm_nm.runtime import CompiledModel
-from tvm_nm.workload import Epilogue
+from tvm_nm.workload import ConvWorkload, Epilogue
 
 BOUNDS = st.none() | st.floats(-8, 8).map(float)
 
 
-@given(st.booleans(), BOUNDS, BOUNDS)
-def test_epilogues_are_read_as_they_are_written(residual: bool, low: float | None, high: float | None) -> None:
-    epilogue = Epilogue(residual, low, high)
+@given(st.sampled_from([(False, False), (True, False), (False, True)]), BOUNDS, BOUNDS)
+def test_epilogues_are_read_as_they_are_written(
+    residual_or_pool: tuple[bool, bool], low: float | None, high: float | None
+) -> None:
+    residual, pool = residual_or_pool
+    epilogue = Epilogue(residual, low, high, pool)
     assert Epilogue.parse(str(epilogue)) == epilogue
 
 
-@pytest.mark.parametrize("text", ["", "relu", "bias+mul", "bias+relu+add", "bias+clip(1)"])
+@pytest.mark.parametrize("text", ["", "relu", "bias+mul", "bias+relu+add", "bias+clip(1)", "bias+max2x2+relu"])
 def test_other_texts_are_no_epilogues(text: str) -> None:
     with pytest.raises(ValueError, match="is no epilogue"):
         Epilogue.parse(text)
 
 
+def test_maxima_and_a_residual_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="residual"):
+        Epilogue(True, pool=True)
+    with pytest.raises(ValueError, match="residual"):
+        Epilogue.parse("bias+add+max2x2")
+    with pytest.raises(ValueError, match="without a square"):
+        ConvWorkload(1, 3, 4, 1, 8, (1, 1), epilogue=Epilogue(pool=True))
+
+
 @pytest.mark.parametrize(
-    "epilogue", [Epilogue(), Epilogue(True, 0.0), Epilogue(False, -1.0, 0.5), Epilogue(True, None, 0.25)], ids=str
+    "epilogue",
+    [
+        Epilogue(),
+        Epilogue(True, 0.0),
+        Epilogue(False, -1.0, 0.5),
+        Epilogue(True, None, 0.25),
+        Epilogue(False, 0.0, None, True),
+        Epilogue(False, None, 0.5, True),
+    ],
+    ids=str,
 )
 def test_the_model_of_a_layer_has_its_epilogue(epilogue: Epilogue) -> None:
     shape = LayerShape("conv", (4, 3, 1, 1), (1, 3, 5, 5))
@@ -52,6 +73,8 @@ def test_the_model_of_a_layer_has_its_epilogue(epilogue: Epilogue) -> None:
         else want
     )
     (got,) = run_onnx(full, inputs)
+    if epilogue.pool:
+        bounded = bounded[:, :, :4, :4].reshape(1, 4, 2, 2, 2, 2).max(axis=(3, 5))
     np.testing.assert_allclose(got, bounded, rtol=1e-6)
 
 

@@ -11,7 +11,7 @@ import pytest
 from models import small_cnn
 
 import tvm_nm
-from tvm_nm import network_times
+from tvm_nm import bench, network_times
 from tvm_nm.call_clock import CallTimer
 from tvm_nm.network_times import fastest_tenth, layer_calls, spread_rest, time_networks
 from tvm_nm.runtime import CompiledModel
@@ -79,6 +79,42 @@ def test_a_chain_is_one_call(model: CompiledModel, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(network_times, "CallTimer", Timer)
     (found,) = time_networks((joined,), 0.0)
     assert found.layers_us == pytest.approx([15.0, 5.0, *[5.0] * len(others)])
+
+
+def test_a_pooling_belongs_to_its_layer(model: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = model.layers
+    first = dataclasses.replace(first, pool="tvm_nm_pool")
+    manifest = dataclasses.replace(model.manifest, layers=(first, *others))
+    pooled = CompiledModel(model.directory, manifest)
+    rest = [layer.function for layer in others]
+    # The same function is called once more, for another operator.
+    functions = [first.function, "vm.builtin.alloc_tensor", "tvm_nm_pool", "tvm_nm_pool", *rest]
+    expected = [(first,), (), (first,), (), *((layer,) for layer in others)]
+    assert layer_calls(pooled, functions) == expected
+
+    class Timer:
+        names = tuple(functions)
+
+        def __init__(self, _model: CompiledModel) -> None:
+            pass
+
+        def run(self, runs: int = 1, *, warm: bool) -> Any:
+            del warm
+            return np.tile([20.0, 1.0, 3.0, 4.0, *[5.0] * len(others)], (runs, 1))
+
+    monkeypatch.setattr(network_times, "CallTimer", Timer)
+    (found,) = time_networks((pooled,), 0.0)
+    assert found.layers_us == pytest.approx([23.0, *[5.0] * len(others)])
+    monkeypatch.setattr(bench, "CallTimer", Timer)
+    times = bench.profile_layers(pooled, runs=2)
+    assert [(entry.name, entry.calls, entry.time_us) for entry in times[:2]] == [
+        (first.name, 2, 23.0),
+        (others[0].name, 1, 5.0),
+    ]
+    assert [(entry.name, entry.time_us) for entry in times if entry.layer is None] == [
+        ("tvm_nm_pool", 4.0),
+        ("other", 1.0),
+    ]
 
 
 def test_disturbed_runs_do_not_count() -> None:

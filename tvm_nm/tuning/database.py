@@ -116,7 +116,7 @@ class TrialTable:
         """Return the fastest variant known: measured, or else predicted from what was measured nearby.
 
         Time grows linearly with what a block row keeps, so other densities of the same layer predict this one; and a
-        layer that differs in its epilogue only has the same best variant.
+        layer that differs in its epilogue only has the same best variant, at any density.
         """
         return self.measured(task) or self._between_densities(task) or self._other_epilogue(task)
 
@@ -158,13 +158,24 @@ class TrialTable:
         return TunedKernel(task, kernel, latency_us, self._predicted)
 
     def _other_epilogue(self, task: KernelTask) -> TunedKernel | None:
-        for other in self.trials:
-            work = replace(other.workload, epilogue=task.workload.epilogue)
-            if other != task and replace(other, workload=work) == task:
-                found = self.measured(other)
+        work, pool = task.workload, task.workload.epilogue.pool
+        others = {
+            other.workload.epilogue: replace(task, workload=other.workload)
+            for other in self.trials
+            if (other.kind, other.winograd) == (task.kind, task.winograd)
+            if other.workload != work and replace(other.workload, epilogue=work.epilogue) == work
+        }
+        candidates = list(others.values())
+        for answer in (self.measured, self._between_densities):
+            for other in candidates:
+                found = answer(other)
                 kernel = None if found is None else self._kernel(variant_text(found.kernel), task)
                 if found is not None and kernel is not None:
-                    return TunedKernel(task, kernel, found.latency_us, self._predicted)
+                    latency_us = found.latency_us
+                    if other.workload.epilogue.pool != pool:  # a quarter of the stores, or four times as many
+                        machine = self._machine(task.threads)
+                        latency_us *= kernel_cycles(kernel, machine) / kernel_cycles(found.kernel, machine)
+                    return TunedKernel(task, kernel, latency_us, self._predicted)
         return None
 
     def _machine(self, threads: int) -> Machine:

@@ -119,7 +119,10 @@ def layer_task(work: ConvWorkload, threads: int, pattern: SparsityPattern, densi
         Threads that it runs with.
     pattern, density
         As `SparsityPattern.mask` takes them.
+
+    The task is direct: without the maxima that the workload may end with.
     """
+    work = work.unpooled
     index = index_kind(pattern, work)
     if index is IndexKind.NONE:
         return KernelTask("conv", work, threads)
@@ -200,7 +203,7 @@ def _layer_tasks(
     if layer.kind == "fc":
         sizes = (layer.input_shape[0], layer.input_shape[1], layer.weight_shape[0])
         return [KernelTask.of(choose_fc_kernel(*sizes, fused.epilogue, machine), machine.threads)]
-    work = conv_workload(layer, fused.epilogue)
+    work = conv_workload(layer, fused.epilogue).unpooled
     tasks = [KernelTask("conv", work, machine.threads)]
     weights = fused.found.weight
     detection = detect_pattern(weights != 0, work.groups)
@@ -208,10 +211,17 @@ def _layer_tasks(
     if own is not None:
         tasks.append(own)
     tasks += [layer_task(work, machine.threads, pattern, density) for pattern, density in wanted]
-    return list(dict.fromkeys(with_winograd(tasks, machine)))
+    return list(dict.fromkeys(with_winograd(tasks, machine, maxima=fused.epilogue.pool)))
 
 
-def with_winograd(tasks: Iterable[KernelTask], machine: Machine) -> list[KernelTask]:
-    """Return tasks, each followed by the same layer by Winograd's algorithm where there are kernels for it."""
-    both = ((task, task.as_winograd) if winograd_fits(task, machine) else (task,) for task in tasks)
-    return [task for group in both for task in group]
+def with_winograd(tasks: Iterable[KernelTask], machine: Machine, *, maxima: bool = False) -> list[KernelTask]:
+    """Return direct tasks, each followed by the same layer by Winograd's algorithm where there are kernels for it.
+
+    With `maxima`, Winograd kernels take those of 2x2 pixels.
+    """
+    found = []
+    for task in tasks:
+        found.append(task)
+        if winograd_fits(task, machine):
+            found.append(task.with_maxima if maxima else task.as_winograd)
+    return found

@@ -16,11 +16,13 @@ from tvm_nm.schedules.families.feature import FeatureFamily
 from tvm_nm.schedules.families.lane import LaneFamily
 from tvm_nm.schedules.families.pair import PairFamily
 from tvm_nm.schedules.families.pixel import PixelFamily
+from tvm_nm.schedules.families.stem import StemFamily
 from tvm_nm.schedules.families.winograd import WinogradFamily
 from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.lane_conv import LaneConvKernel
 from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.stem_conv import StemKernel
 from tvm_nm.schedules.winograd import WinogradKernel
 
 __all__ = ["ConvFamily", "Kernel", "KernelFamily", "conv_family_of", "families_for", "family_of"]
@@ -31,6 +33,7 @@ Kernel: TypeAlias = (
     | DepthwiseKernel
     | LaneConvKernel
     | PairConvKernel
+    | StemKernel
     | WinogradKernel
     | FcKernel
     | ChainKernel
@@ -42,11 +45,13 @@ _CONV_FAMILIES: dict[type, ConvFamily[Any]] = {
     DepthwiseKernel: DepthwiseFamily(),
     LaneConvKernel: LaneFamily(),
     PairConvKernel: PairFamily(),
+    StemKernel: StemFamily(),
     WinogradKernel: WinogradFamily(),
 }
 _FAMILIES: dict[type, KernelFamily[Any]] = {**_CONV_FAMILIES, FcKernel: FeatureFamily(), ChainKernel: ChainFamily()}
 _DIRECT = tuple(
-    _FAMILIES[kernel] for kernel in (ConvKernel, ChannelConvKernel, DepthwiseKernel, LaneConvKernel, PairConvKernel)
+    _FAMILIES[kernel]
+    for kernel in (ConvKernel, ChannelConvKernel, DepthwiseKernel, LaneConvKernel, PairConvKernel, StemKernel)
 )
 
 

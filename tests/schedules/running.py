@@ -16,6 +16,7 @@ from tvm_nm.schedules.depthwise_conv import DepthwiseKernel
 from tvm_nm.schedules.families import conv_family_of
 from tvm_nm.schedules.lane_conv import LaneConvKernel
 from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.stem_conv import StemKernel
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["build", "call", "haswell", "host_flags", "integers", "masked_weights", "run_conv"]
@@ -71,7 +72,7 @@ def masked_weights(
 
 
 def run_conv(
-    kernel: ConvKernel | ChannelConvKernel | DepthwiseKernel | LaneConvKernel | PairConvKernel,
+    kernel: ConvKernel | ChannelConvKernel | DepthwiseKernel | LaneConvKernel | PairConvKernel | StemKernel,
     original: ConvWorkload,
     weights: npt.NDArray[np.float32],
     target: tvm.target.Target,

@@ -54,7 +54,7 @@ class Options:
     refit_dense: bool = True
     samples: int = 1 << 17
     max_columns: int = 8192
-    memory: int = 1 << 30
+    memory: int = 1 << 28
     threads: int | None = None
     rectified: int = 400_000_000
     image_weight: float = 4.0

@@ -25,7 +25,7 @@ def calibrated_saliency(
     batches: Iterator[Float32],
     *,
     damping: float,
-    memory: int = 1 << 30,
+    memory: int = 1 << 28,
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Float32]:

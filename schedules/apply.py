@@ -19,8 +19,10 @@ from tvm_nm.schedules.fetch_code import with_fetches
 from tvm_nm.schedules.generic import schedule_generic
 from tvm_nm.schedules.lane_conv import LANE_CONV_RULE
 from tvm_nm.schedules.machine import machine_of
+from tvm_nm.schedules.panel_gather import gather_panels
 from tvm_nm.schedules.pool import POOL_RULE, schedule_pool
 from tvm_nm.schedules.prefetch import add_prefetches
+from tvm_nm.schedules.row_copy import copy_rows
 from tvm_nm.schedules.weight_stream import stream_weights
 from tvm_nm.schedules.winograd import WINOGRAD_RULE
 from tvm_nm.schedules.winograd_template import schedule_winograd
@@ -91,8 +93,8 @@ def schedule_function(func: tvm.tirx.PrimFunc, target: tvm.target.Target, name: 
 
 
 def _with_prefetches(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> tvm.tirx.PrimFunc:
-    """Return a function whose marked loops prefetch."""
-    return stream_weights(add_prefetches(with_fetches(func, target), target), target)
+    """Return a function whose marked loops prefetch, or copy by vectors."""
+    return gather_panels(copy_rows(stream_weights(add_prefetches(with_fetches(func, target), target), target)))
 
 
 @tvm.transform.module_pass(opt_level=0, name="tvm_nm.ApplyDefaultSchedules")

@@ -22,6 +22,7 @@ from tvm import te, tirx
 from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.conv_arguments import ConvArguments
 from tvm_nm.schedules.epilogue import activate
+from tvm_nm.schedules.row_copy import ROW_COPY, Columns
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["CHANNEL_CONV_RULE", "ChannelConvKernel", "channel_conv_prim_func", "store_turned", "turned_sums"]
@@ -158,15 +159,17 @@ def _source(kernel: ChannelConvKernel, data: te.Tensor) -> te.Tensor:
         inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
         return tirx.if_then_else(inside, data[n, c, y, x], tirx.const(0.0, "float32"))
 
+    attrs: dict[str, Any] = {ROW_COPY: Columns(kernel.lanes, work.width, left, 1, 1).attribute}
     if work.taps == 1:
-        return te.compute((work.batch, work.in_channels, rows, columns), element, name="pad")
+        return te.compute((work.batch, work.in_channels, rows, columns), element, name="pad", attrs=attrs)
 
     def flat_element(n: Any, flat: Any) -> Any:
         row = tirx.indexmod(tirx.indexdiv(flat, columns), rows)
         return element(n, tirx.indexdiv(flat, rows * columns), row, tirx.indexmod(flat, columns))
 
     shape = (work.batch, work.in_channels * rows * columns)
-    return te.compute(shape, flat_element, name="pad", attrs={"tvm_nm_plane": [work.in_channels, rows, columns]})
+    attrs["tvm_nm_plane"] = [work.in_channels, rows, columns]
+    return te.compute(shape, flat_element, name="pad", attrs=attrs)
 
 
 def _sums(kernel: ChannelConvKernel, source: te.Tensor, weight: te.Tensor, index: te.Tensor | None) -> te.Tensor:

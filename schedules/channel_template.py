@@ -27,6 +27,7 @@ from tvm import s_tir
 from tvm_nm.schedules.channel_conv import CHANNEL_CONV_RULE
 from tvm_nm.schedules.decisions import choose
 from tvm_nm.schedules.lane_conv import LANE_CONV_RULE
+from tvm_nm.schedules.row_copy import ROW_COPY
 from tvm_nm.schedules.transpose import transpose_intrinsic
 from tvm_nm.schedules.weight_stream import PASSES, STREAM
 
@@ -121,6 +122,8 @@ def _schedule_pad(sch: s_tir.Schedule, pad: Any) -> None:
     loops = sch.get_loops(pad)
     if "tvm_nm_plane" in annotations:
         loops = [*loops[:-1], *sch.split(loops[-1], [int(extent) for extent in annotations["tvm_nm_plane"]])]
+    if annotations.get(ROW_COPY):
+        sch.annotate(loops[-1], ROW_COPY, [int(number) for number in annotations[ROW_COPY]])
     sch.parallel(sch.fuse(*loops[:2]))
 
 

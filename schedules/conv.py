@@ -21,6 +21,8 @@ from tvm_nm.schedules.conv_arguments import ConvArguments
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.flat_rows import flat_row, with_flat_output
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
+from tvm_nm.schedules.padded_rows import flattened_input, padded_input
+from tvm_nm.schedules.row_copy import LONGEST_STRIDE
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["CONV_RULE", "ConvKernel", "IndexKind", "conv_prim_func", "padded_input", "tap_position"]
@@ -134,6 +136,12 @@ class ConvKernel:
         return self.vectors_per_tile * self.geometry.lanes
 
     @property
+    def gathers_panels(self) -> bool:
+        """Whether panels are packed from what a stride leaves of the input, without a copy: where it is read once."""
+        packs_once = self.geometry.copy is CopyScope.CHUNK and self.rows_per_task == self.block_rows
+        return packs_once and self.geometry.subsampled and self.workload.stride[1] <= LONGEST_STRIDE
+
+    @property
     def channel_stride(self) -> int:
         """What the index of one channel's input differs by from the next one's (`POSITION`)."""
         return 1 if self.geometry.flat else self.geometry.channel_size
@@ -148,21 +156,6 @@ class ConvKernel:
     def __str__(self) -> str:
         copy = self.geometry.copy.value
         return f"pixel-vector {self.oc_tile}x{self.vectors_per_tile} {self.index.value} {copy}"
-
-
-def padded_input(geometry: PixelGeometry, data: te.Tensor, fill: float = 0.0) -> te.Tensor:
-    """Return the padded, phase-split copy: (batch, channel, phase, row, column), every phase `pitch` wide."""
-    work = geometry.workload
-    top, left, _, _ = work.padding
-
-    def element(n: Any, c: Any, phase: Any, row: Any, column: Any) -> Any:
-        y = row * work.stride[0] + phase // geometry.phase_columns - top
-        x = column * work.stride[1] + phase % geometry.phase_columns * geometry.column_step - left
-        inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
-        return tirx.if_then_else(inside, data[n, c, y, x], tirx.const(fill, "float32"))
-
-    shape = (work.batch, work.in_channels, geometry.phases, geometry.plane_rows, geometry.pitch)
-    return te.compute(shape, element, name="pad", attrs={"tvm_nm_phase_columns": geometry.phase_columns})
 
 
 @lru_cache(maxsize=512)
@@ -185,9 +178,9 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
     work, geometry = kernel.workload, kernel.geometry
     lanes, pitch = geometry.lanes, geometry.pitch
     if geometry.flat:
-        source = flat_row(geometry, kernel.panel, data)
+        source = flat_row(geometry, kernel.panel, data, gathers=kernel.gathers_panels)
     else:
-        source = _flattened(kernel, data) if kernel.index is IndexKind.POSITION else padded_input(geometry, data)
+        source = flattened_input(geometry, data) if kernel.index is IndexKind.POSITION else padded_input(geometry, data)
     kept = te.reduce_axis((0, kernel.kept), name="kept")
     ky = te.reduce_axis((0, work.kernel[0]), name="ky")
     kx = te.reduce_axis((0, work.kernel[1]), name="kx")
@@ -273,29 +266,6 @@ def tap_position(geometry: PixelGeometry, ky: Any, kx: Any) -> tuple[Any, Any]:
     column_phase, column = geometry.tap_column(kx)
     phase = tirx.indexmod(y, work.stride[0]) * geometry.phase_columns + column_phase
     return phase, tirx.indexdiv(y, work.stride[0]) * geometry.pitch + column
-
-
-def _flattened(kernel: ConvKernel, data: te.Tensor) -> te.Tensor:
-    """Return the padded copy as (batch, element): data-dependent offsets need one flat axis."""
-    geometry = kernel.geometry
-    work = geometry.workload
-    top, left, _, _ = work.padding
-
-    def element(n: Any, flat: Any) -> Any:
-        column = tirx.indexmod(flat, geometry.pitch)
-        row = tirx.indexmod(tirx.indexdiv(flat, geometry.pitch), geometry.plane_rows)
-        phase = tirx.indexmod(tirx.indexdiv(flat, geometry.plane), geometry.phases)
-        y = row * work.stride[0] + tirx.indexdiv(phase, geometry.phase_columns) - top
-        x = column * work.stride[1] + tirx.indexmod(phase, geometry.phase_columns) * geometry.column_step - left
-        inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
-        channel = tirx.indexdiv(flat, geometry.channel_size)
-        return tirx.if_then_else(inside, data[n, channel, y, x], tirx.const(0.0, "float32"))
-
-    attrs = {
-        "tvm_nm_phase_columns": geometry.phase_columns,
-        "tvm_nm_plane": [work.in_channels, geometry.phases, geometry.plane_rows, geometry.pitch],
-    }
-    return te.compute((work.batch, work.in_channels * geometry.channel_size), element, name="pad", attrs=attrs)
 
 
 def _store(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:

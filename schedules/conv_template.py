@@ -30,7 +30,9 @@ from tvm import s_tir
 from tvm_nm.schedules.conv import CONV_RULE
 from tvm_nm.schedules.decisions import choose
 from tvm_nm.schedules.geometry import CopyScope
+from tvm_nm.schedules.panel_gather import PANEL_GATHER
 from tvm_nm.schedules.prefetch import PREFETCH
+from tvm_nm.schedules.row_copy import ROW_COPY
 from tvm_nm.schedules.weight_stream import STREAM
 
 __all__ = ["schedule_conv", "schedule_pad"]
@@ -248,18 +250,21 @@ def _schedule_packing(sch: s_tir.Schedule, pack: Any, tile: Any, lanes: int) -> 
 
 def _schedule_panels(sch: s_tir.Schedule, pack: Any, task: Any, lanes: int) -> None:
     """Copy a chunk's pixels, channel by channel: a channel's are contiguous in the input."""
+    annotations = sch.get(pack).annotations
     sch.compute_at(pack, task, preserve_unit_loops=True)
     tile, channel, pixel = sch.get_loops(pack)[-3:]
     vector, lane = sch.split(pixel, [None, lanes])
     sch.reorder(channel, tile, vector, lane)
     sch.vectorize(lane)
     sch.unroll(vector)
+    if PANEL_GATHER in annotations:
+        sch.annotate(channel, PANEL_GATHER, [int(number) for number in annotations[PANEL_GATHER]])
 
 
 def schedule_pad(sch: s_tir.Schedule, pad: Any, within: Any | None) -> None:
     """Schedule a copy of the input: where loop `within` needs it, or before the tasks, parallel over channels.
 
-    The phases of one row are written side by side: their loads are neighbours, and LLVM splits them with shuffles.
+    The phases of one row are written side by side: their loads are the same lines.
     """
     annotations = sch.get(pad).annotations
     if within is not None:
@@ -271,5 +276,7 @@ def schedule_pad(sch: s_tir.Schedule, pad: Any, within: Any | None) -> None:
     phase_row, phase_column = sch.split(phase, [None, int(annotations["tvm_nm_phase_columns"])])
     sch.reorder(phase_row, row, column, phase_column)
     sch.unroll(phase_column)
+    if annotations.get(ROW_COPY):
+        sch.annotate(column, ROW_COPY, [int(number) for number in annotations[ROW_COPY]])
     if within is None:
         sch.parallel(sch.fuse(*outer, phase_row))

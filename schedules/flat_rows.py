@@ -10,25 +10,34 @@ from tvm.s_tir import SBlock, SBlockRealize
 from tvm.tirx import BufferRegion
 
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
+from tvm_nm.schedules.panel_gather import PANEL_GATHER, Panels
+from tvm_nm.schedules.row_copy import ROW_COPY, Columns
 
 __all__ = ["flat_row", "with_flat_output"]
 
 
-def flat_row(geometry: PixelGeometry, panel: int, data: te.Tensor) -> te.Tensor:
+def flat_row(geometry: PixelGeometry, panel: int, data: te.Tensor, *, gathers: bool = False) -> te.Tensor:
     """Return what a kernel of flat pixels reads: the input, or what is left of it by a stride, as it is or packed.
 
     Packed for a tile at a time it has the shape of `padded_input` with a single row, the vectors of
     `PixelGeometry.flat_pixel` one after another. As panels it is cut into tiles of `panel` pixels, see `_panels`.
+    A stride takes a copy of the whole layer, unless panels are packed from the input itself (`gathers`).
     """
     work, lanes = geometry.workload, geometry.lanes
     source = data
+    if gathers:
+        return _panels(geometry, panel, data, gathers=True)
     if geometry.subsampled:
 
         def pixel(n: Any, c: Any, _row: Any, flat: Any) -> Any:
             y, x = tirx.indexdiv(flat, work.out_width), tirx.indexmod(flat, work.out_width)
             return data[n, c, y * work.stride[0], x * work.stride[1]]
 
-        attrs = {"tvm_nm_phase_columns": 1, "tvm_nm_plane": [1, work.out_height, work.out_width]}
+        attrs = {
+            "tvm_nm_phase_columns": 1,
+            "tvm_nm_plane": [1, work.out_height, work.out_width],
+            ROW_COPY: Columns(lanes, work.width, 0, work.stride[1], 1).attribute,
+        }
         source = te.compute((work.batch, work.in_channels, 1, work.out_pixels), pixel, name="subsample", attrs=attrs)
     if geometry.copy is CopyScope.NONE:
         return source
@@ -43,7 +52,7 @@ def flat_row(geometry: PixelGeometry, panel: int, data: te.Tensor) -> te.Tensor:
     return te.compute(shape, element, name="pad", attrs={"tvm_nm_phase_columns": 1})
 
 
-def _panels(geometry: PixelGeometry, panel: int, source: te.Tensor) -> te.Tensor:
+def _panels(geometry: PixelGeometry, panel: int, source: te.Tensor, *, gathers: bool = False) -> te.Tensor:
     """Return the vectors of each register tile, one input channel after another: (batch, chunk, tile, IC, pixel)."""
     work, lanes = geometry.workload, geometry.lanes
 
@@ -51,11 +60,17 @@ def _panels(geometry: PixelGeometry, panel: int, source: te.Tensor) -> te.Tensor
         start = chunk * geometry.pitch + tile * panel + tirx.indexdiv(pixel, lanes) * lanes
         if geometry.chunks * -(-geometry.pitch // panel) * panel > work.out_pixels:
             start = tirx.min(start, work.out_pixels - lanes)  # vectors that a short tile lacks are copied, not used
-        return source[n, c, 0, start + tirx.indexmod(pixel, lanes)]
+        flat = start + tirx.indexmod(pixel, lanes)
+        if not gathers:
+            return source[n, c, 0, flat]
+        y, x = tirx.indexdiv(flat, work.out_width), tirx.indexmod(flat, work.out_width)
+        return source[n, c, y * work.stride[0], x * work.stride[1]]
 
     tiles = -(-geometry.pitch // panel)
     shape = (work.batch, geometry.chunks, tiles, work.in_channels, panel)
-    return te.compute(shape, element, name="pad")
+    panels = Panels(lanes, work.out_height, work.out_width, *work.stride, geometry.pitch, panel)
+    attrs = {PANEL_GATHER: panels.attribute} if gathers else {}
+    return te.compute(shape, element, name="pad", attrs=attrs)
 
 
 def with_flat_output(func: tvm.tirx.PrimFunc, geometry: PixelGeometry, shape: tuple[int, ...]) -> tvm.tirx.PrimFunc:

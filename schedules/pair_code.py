@@ -35,6 +35,7 @@ from tvm_nm.schedules.chain_loops import activated, add_to, divided, flat_functi
 from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.row_copy import LONGEST_STRIDE, columns_of, pieces
 
 __all__ = ["pair_conv_prim_func"]
 
@@ -98,13 +99,22 @@ class _Code:
                     first, last = _inside(columns, work.stride[1], phase_x - work.padding[1], work.width)
                     if last <= first or last_row <= first_row:
                         continue
-                    with T.serial(0, last_row - first_row) as r, T.serial(0, last - first) as c:
+                    with T.serial(0, last_row - first_row) as r:
                         y = (first_row + r) * work.stride[0] + (phase_y - work.padding[0])
-                        x = (first + c) * work.stride[1] + (phase_x - work.padding[1])
-                        value = self._buffers["data"][(channel * work.height + y) * work.width + x]
                         row = (phase_y * phases_x + phase_x) * rows + first_row + r
-                        T.buffer_store(copy, value, [channel * kernel.channel_size + row * columns + first + c])
+                        begin = T.Bind((channel * work.height + y) * work.width + (phase_x - work.padding[1]))
+                        self._copy_row(copy, channel * kernel.channel_size + row * columns, begin, first, last)
         return copy
+
+    def _copy_row(self, copy: Any, to: Any, begin: Any, first: int, last: int) -> None:
+        """Copy the columns of a row that lie inside of the input; its first column reads element `begin`."""
+        data, stride = self._buffers["data"], self._work.stride[1]
+        if stride > LONGEST_STRIDE:
+            with T.serial(first, last) as column:
+                T.buffer_store(copy, data[begin + column * stride], [to + column])
+            return
+        for at, size in pieces(first, last, self._lanes):
+            store_vector(copy, to + at, columns_of(data, [], begin + at * stride, size, stride), size)
 
     def _tile(self, source: Any, image: Any, start: Any, pixels: int, pair: Any) -> None:
         """Compute some pairs of channels of a tile."""

@@ -151,7 +151,7 @@ def _copy_cycles(kernel: ConvKernel) -> float:
     channels = work.batch * work.in_channels
     tasks_of_chunk = -(-kernel.block_rows // kernel.rows_per_task)
     cycles = 0.0
-    if geometry.subsampled:
+    if geometry.subsampled and not kernel.gathers_panels:
         cycles += channels * work.out_pixels * 4 / _COPY_BYTES_PER_CYCLE
     if geometry.copy is CopyScope.TILE:
         cycles += tasks_of_chunk * channels * geometry.chunks * geometry.pitch * 4 / _PACK_BYTES_PER_CYCLE

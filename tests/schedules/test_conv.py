@@ -163,14 +163,17 @@ def panels(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, 
     """Pointwise kernels whose pixels are packed a chunk at a time, and whose outputs are fetched ahead."""
     block = draw(st.sampled_from([1, 4, 8, 16]))
     index = draw(st.sampled_from([IndexKind.NONE, IndexKind.CHANNEL]))
-    size, stride = draw(st.tuples(st.integers(4, 15), st.integers(4, 15))), draw(st.integers(1, 2))
-    channels = (draw(st.integers(1, 40)), block * draw(st.integers(1, 4)))
+    size = draw(st.tuples(st.integers(4, 15), st.integers(4, 15)))
+    stride = draw(st.sampled_from([(1, 1), (2, 2), (2, 2), (2, 1), (1, 2), (3, 2), (2, 3)]))
+    groups = draw(st.sampled_from([1, 1, 2])) if index is IndexKind.NONE else 1
+    channels = (groups * draw(st.integers(1, 40)), groups * block * draw(st.integers(1, 4)))
     work = ConvWorkload(
         draw(st.integers(1, 2)),
         *channels,
-        *(stride * extent for extent in size),
+        *(step * extent - draw(st.integers(0, step - 1)) for step, extent in zip(stride, size, strict=True)),
         (1, 1),
-        (stride, stride),
+        stride,
+        groups=groups,
         epilogue=draw(st.sampled_from(EPILOGUES)),
     )
     seed, name = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(sorted(TARGETS)))
@@ -191,7 +194,7 @@ def panels(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, 
     return work, kernel, weights, name, seed
 
 
-@settings(max_examples=15, **PROPERTY)
+@settings(max_examples=20, **PROPERTY)
 @given(panels())
 def test_panels(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
     work, kernel, weights, target, seed = variant
@@ -228,9 +231,12 @@ NAMED = {
     "3x3": (ConvWorkload(1, 32, 32, 28, 28, (3, 3), padding=ONE, epilogue=RELU), "none", None),
     "3x3 stride 2": (ConvWorkload(1, 32, 48, 28, 28, (3, 3), (2, 2), ONE), "none", None),
     "3x3 7x7 map, residual": (ConvWorkload(1, 64, 64, 7, 7, (3, 3), padding=ONE, epilogue=ADD), "none", None),
+    "3x3, long rows": (ConvWorkload(1, 3, 8, 5, 601, (3, 3), padding=ONE, epilogue=RELU), "none", None),
+    "3x3 stride 2, long rows": (ConvWorkload(1, 3, 8, 5, 601, (3, 3), (2, 2), ONE), "position", 4),
     "1x1 56x56": (ConvWorkload(1, 32, 64, 56, 56, (1, 1), epilogue=RELU), "none", None),
     "1x1 14x14": (ConvWorkload(1, 128, 64, 14, 14, (1, 1), epilogue=Epilogue(True, 0.0)), "none", None),
     "1x1 stride 2 shortcut": (ConvWorkload(1, 64, 96, 14, 14, (1, 1), (2, 2)), "none", None),
+    "1x1 stride 2, grouped": (ConvWorkload(1, 48, 96, 15, 14, (1, 1), (2, 2), groups=3), "channel", 16),
     "depthwise": (ConvWorkload(1, 48, 48, 28, 28, (3, 3), padding=ONE, groups=48, epilogue=RELU6), "none", None),
     "depthwise stride 2": (ConvWorkload(1, 40, 40, 28, 28, (3, 3), (2, 2), ONE, (1, 1), 40, RELU6), "none", None),
     "depthwise sparse": (ConvWorkload(1, 24, 24, 14, 14, (3, 3), (1, 1), ONE, (1, 1), 24), "position", 1),

@@ -10,6 +10,7 @@ from tvm.s_tir import SBlock, SBlockRealize
 from tvm.tirx import BufferRegion
 
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
+from tvm_nm.schedules.in_place import flat_store
 from tvm_nm.schedules.panel_gather import PANEL_GATHER, Panels
 from tvm_nm.schedules.row_copy import ROW_COPY, Columns
 
@@ -92,7 +93,7 @@ def with_flat_output(func: tvm.tirx.PrimFunc, geometry: PixelGeometry, shape: tu
             [BufferRegion(out, region)],
             block.name_hint,
             tirx.BufferStore(out, store.value, place),
-            annotations=block.annotations,
+            annotations={**block.annotations, **flat_store(geometry)},
         )
 
     def within(node: Any) -> Any:

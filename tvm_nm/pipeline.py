@@ -11,6 +11,7 @@ from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.passes.concat import ConcatInPlace, MarkConcats
+from tvm_nm.passes.in_place import AddInPlace
 from tvm_nm.passes.lower import Lower, layer_reports
 from tvm_nm.passes.power import QuarterPowers
 from tvm_nm.schedules.apply import ApplyDefaultSchedules, pass_context
@@ -56,6 +57,7 @@ def scheduling_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
         ConcatInPlace(),
+        AddInPlace(),
         *cpu_generic.finalize_passes(target),
     ]
 

@@ -14,8 +14,10 @@ from tvm_nm.inventory import LayerCall
 from tvm_nm.passes.dataflow import constant_of, is_call, static_shape
 from tvm_nm.passes.select import conv_workload
 from tvm_nm.relax_numpy import variables
+from tvm_nm.schedules.pool import windows_padding
+from tvm_nm.schedules.stem_conv import stem_applies
 from tvm_nm.schedules.winograd import winograd_applies
-from tvm_nm.workload import Epilogue
+from tvm_nm.workload import Epilogue, MaxPool
 
 __all__ = ["BindingGraph", "FusedLayer", "fuse_epilogues", "scalar"]
 
@@ -71,7 +73,8 @@ class BindingGraph:
 def fuse_epilogues(calls: Sequence[LayerCall], bindings: Sequence[Any], result: Any) -> tuple[FusedLayer, ...]:
     """Attach to every layer the longest chain ``+ bias, + residual, clip`` whose links have no other use.
 
-    Maxima of 2x2 pixels are attached to convolutions that Winograd kernels may compute, unless there is a residual.
+    Max pooling is attached to convolutions that kernels may compute which take it, unless there is a residual: that of
+    2x2 pixels by Winograd's algorithm, any by the stem family.
     An add of two layers goes to the later one, when the other's output is already there.
 
     Parameters
@@ -114,26 +117,34 @@ def _follow(found: LayerCall, graph: BindingGraph, claimed: set[Any]) -> FusedLa
         chain.append(user)
     low, high = clip or (None, None)
     pool = None if residual is not None else graph.only_user(chain[-1])
-    if pool is not None and _takes_maxima(found, graph.value[pool]):
+    maxima = None if pool is None else _maxima(found, graph.value[pool])
+    if maxima is not None:
         claimed.add(pool)
         chain.append(pool)
-    else:
-        pool = None
-    epilogue = Epilogue(residual is not None, low, high, pool is not None)
+    epilogue = Epilogue(residual is not None, low, high, maxima)
     return FusedLayer(found, tuple(chain[:-1]), chain[-1], bias, residual, epilogue)
 
 
-def _takes_maxima(found: LayerCall, value: Any) -> bool:
-    """Whether a value is the maxima of squares of 2x2 pixels of a layer that Winograd's algorithm may compute."""
+def _maxima(found: LayerCall, value: Any) -> MaxPool | None:
+    """Return the pooling that a value is of a layer, if there are kernels for both in one."""
     layer = found.layer
     if not is_call(value, "relax.nn.max_pool2d") or layer.kind != "conv" or value.attrs.layout != "NCHW":
-        return False
-    attrs = value.attrs
-    sizes = [tuple(int(size) for size in sizes) for sizes in (attrs.pool_size, attrs.strides, attrs.dilation)]
-    batch, channels, height, width = layer.output_shape
-    whole = (batch, channels, height // 2, width // 2)  # ceil mode makes more of an odd size
-    plain = sizes == [(2, 2), (2, 2), (1, 1)] and not any(int(pad) for pad in attrs.padding)
-    return plain and static_shape(value) == whole and winograd_applies(conv_workload(layer, Epilogue()))
+        return None
+    attrs, out_shape = value.attrs, static_shape(value)
+    if out_shape is None:
+        return None
+    kernel, stride, dilation = (
+        (int(sizes[0]), int(sizes[1])) for sizes in (attrs.pool_size, attrs.strides, attrs.dilation)
+    )
+    padding = windows_padding(layer.output_shape, out_shape, kernel, stride, dilation, attrs.padding)
+    try:
+        pool = MaxPool(kernel, stride, padding)
+    except ValueError:
+        return None
+    work = conv_workload(layer, Epilogue())
+    taken = (pool.is_squares and winograd_applies(work)) or stem_applies(work)
+    same = out_shape == (*layer.output_shape[:2], *pool.output_size(*layer.output_shape[2:]))
+    return pool if taken and same and dilation == (1, 1) else None
 
 
 def _other_operand(value: Any, operand: Any) -> Any:

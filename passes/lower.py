@@ -24,7 +24,14 @@ from tvm_nm.schedules.chain import ChainKernel, blocked_shape
 from tvm_nm.schedules.chain_code import chain_prim_func
 from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.machine import machine_of
-from tvm_nm.schedules.pool import PoolKernel, PoolKind, choose_pool_kernel, maxima_kernel, pool_prim_func
+from tvm_nm.schedules.pool import (
+    PoolKernel,
+    PoolKind,
+    choose_pool_kernel,
+    maxima_kernel,
+    pool_prim_func,
+    windows_padding,
+)
 from tvm_nm.schedules.tuned import TunedKernels
 from tvm_nm.schedules.variants import Kernel, kernel_prim_func
 from tvm_nm.workload import ConvWorkload
@@ -47,8 +54,8 @@ class Lower:
 
     The zeros in a layer's weights decide: if a sparsity pattern explains them and its kernel is predicted to be faster
     than the dense one, the weights are packed into values and an index table. The bias, one residual add and one
-    activation that follow a layer, and have no other use, are computed in its kernel; so are maxima of 2x2 pixels, if
-    that is a Winograd kernel.
+    activation that follow a layer, and have no other use, are computed in its kernel; so is max pooling, where that is
+    a kernel of the stem family or, for 2x2 pixels, by Winograd's algorithm.
 
     The result still holds Relax operators (softmax, concat, ...) for the usual legalisation, and `layer_reports` tells
     what was done. The PrimFuncs are not scheduled yet.
@@ -244,12 +251,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
             return None
         kernel_size, stride, dilation = (_pair(attrs.pool_size), _pair(attrs.strides), _pair(attrs.dilation))
         top, left, bottom, right = (int(pad) for pad in attrs.padding)
-        # Ceil mode makes windows that begin inside the input but end beyond its padding: pad as far as they reach.
-        reach = [
-            (out - 1) * step + (size - 1) * gap + 1
-            for out, step, size, gap in zip(out_shape[2:], stride, kernel_size, dilation, strict=True)
-        ]
-        padding = (top, left, max(bottom, reach[0] - shape[2] - top), max(right, reach[1] - shape[3] - left))
+        padding = windows_padding(shape, out_shape, kernel_size, stride, dilation, attrs.padding)
         channels = shape[1]
         work = ConvWorkload(
             shape[0], channels, channels, shape[2], shape[3], kernel_size, stride, padding, dilation, channels

@@ -22,8 +22,8 @@ from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights, kept_per_block_row
 from tvm_nm.schedules.pool import maxima_cycles
 from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
-from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_cycles, winograd_fits
-from tvm_nm.workload import ConvWorkload, Epilogue
+from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_cycles, pooled_task, winograd_fits
+from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 
 __all__ = ["Choice", "choose_conv", "choose_fc", "conv_workload", "index_kind", "nm_of", "sparse_task"]
 
@@ -99,7 +99,7 @@ def choose_conv(
         Tuned variants, which replace the default ones; where it knows the times of both kernels, they decide.
     """
     work = conv_workload(layer, epilogue)
-    best = partial(_best_option, machine=machine, tuned=tuned, winograd=winograd, maxima=epilogue.pool)
+    best = partial(_best_option, machine=machine, tuned=tuned, winograd=winograd, pool=epilogue.pool)
     dense = best(KernelTask("conv", work.unpooled, machine.threads))
     detection = detect_pattern(weights != 0, work.groups)
     task = sparse_task(work.unpooled, weights, detection.pattern, machine)
@@ -151,10 +151,11 @@ def _best(tuned: TunedKernels | None, task: KernelTask) -> TunedKernel | None:
     return None if tuned is None else tuned.best(task)
 
 
-def _option(task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, pool_apart: bool = False) -> _Option:
+def _option(task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, pool: MaxPool | None = None) -> _Option:
+    """Return a task's option, followed by a pooling of its own if there is one."""
     default = default_kernel(task, machine)
     cycles = kernel_cycles(default, machine)
-    pooling = maxima_cycles(task.workload, machine) / cycles if pool_apart else 0.0
+    pooling = 0.0 if pool is None else maxima_cycles(task.workload.pooled(pool), machine) / cycles
     return _Option(default, cycles, _best(tuned, task), pooling)
 
 
@@ -235,15 +236,23 @@ def _why_dense(detection: Detection) -> str:
 
 
 def _best_option(
-    task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, winograd: bool, maxima: bool
+    task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, winograd: bool, pool: MaxPool | None
 ) -> _Option:
-    """Return a direct task's best kernel, direct or Winograd, which takes the maxima that follow.
+    """Return a direct task's best kernel, direct or Winograd; those that take the maxima that follow do so.
 
     Winograd's weights are 1.8 to 4 times as large and its rounding errors larger: a small gain is not worth them.
     """
-    direct = _option(task, machine, tuned, pool_apart=maxima)
+    direct = _option(task, machine, tuned, pool=pool)
+    pooled = None if pool is None else pooled_task(task, pool, machine)
+    if pooled is not None:
+        taking = _option(pooled, machine, tuned)
+        if taking.compared_with(direct)[0] < 1:
+            direct = taking
     if winograd and winograd_fits(task, machine):
-        transformed = _option(task.with_maxima if maxima else task.as_winograd, machine, tuned)
+        if pool is not None and pool.is_squares:
+            transformed = _option(task.with_maxima, machine, tuned)
+        else:
+            transformed = _option(task.as_winograd, machine, tuned, pool=pool)
         if transformed.compared_with(direct)[0] < _CONV_WORTHWHILE:
             return transformed
     return direct

@@ -162,6 +162,7 @@ def chain_applies(first: ConvWorkload, depthwise: ConvWorkload, last: ConvWorklo
     """Whether layers that follow each other, with no other use of what is between them, are a chain."""
     shapes = (first.out_channels, first.out_height, first.out_width)
     plain = first.dilation == depthwise.dilation == (1, 1)
+    plain = plain and all(work is None or work.epilogue.pool is None for work in (first, depthwise, last))
     return (
         plain
         and first.groups == 1

@@ -9,8 +9,9 @@ from typing import Literal
 from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing, chain_applies
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.fc import FcKernel
+from tvm_nm.schedules.stem_conv import stem_applies
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
-from tvm_nm.workload import ConvWorkload, Epilogue
+from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 
 __all__ = ["TEMPLATE_REVISION", "ChainLinks", "KernelTask", "parse_task"]
 
@@ -88,7 +89,7 @@ class KernelTask:
         each kernel position. 0 where nothing is known of that.
     winograd
         Whether it is computed by Winograd's algorithm, which needs whole kernels: a task of its own, since who builds
-        may not want that. Only then the epilogue may take maxima.
+        may not want that. The epilogue may take maxima of 2x2 pixels then, or those that the stem family takes.
     links
         The rest of a chain.
 
@@ -96,7 +97,7 @@ class KernelTask:
     ------
     ValueError
         If a dense task has a block, or a sparse one keeps nothing or more than there is, or Winograd's algorithm does
-        not apply, or a direct one takes maxima.
+        not apply, or it takes maxima that no kernel takes.
     """
 
     kind: Literal["conv", "fc", "chain"]
@@ -117,8 +118,8 @@ class KernelTask:
             raise ValueError(f"no chain: {self!r}")
         if self.winograd and not self.takes_winograd:
             raise ValueError(f"Winograd's algorithm does not apply to {self!r}")
-        if self.workload.epilogue.pool and not self.winograd:
-            raise ValueError(f"only Winograd kernels take maxima: {self!r}")
+        if self.workload.epilogue.pool is not None and not self._takes(self.workload.epilogue.pool):
+            raise ValueError(f"no kernel takes these maxima: {self!r}")
         if self.index is IndexKind.NONE:
             if self.block or self.kept or self.group:
                 raise ValueError(f"a dense task has neither block nor kept, not {self.block} and {self.kept}")
@@ -168,8 +169,16 @@ class KernelTask:
     @property
     def with_maxima(self) -> KernelTask:
         """The same by Winograd's algorithm, with maxima of 2x2 pixels after all else."""
-        work = replace(self.workload, epilogue=replace(self.workload.epilogue, pool=True))
-        return replace(self, winograd=True, workload=work)
+        return replace(self, winograd=True, workload=self.workload.pooled(MaxPool()))
+
+    def pooled(self, pool: MaxPool) -> KernelTask | None:
+        """Return the same with maxima after all else; None where only kernels of another task take them."""
+        return replace(self, workload=self.workload.pooled(pool)) if self._takes(pool) else None
+
+    def _takes(self, pool: MaxPool) -> bool:
+        if self.winograd:
+            return pool.is_squares
+        return self.kind == "conv" and self.index is IndexKind.NONE and stem_applies(self.workload)
 
     def with_kept(self, kept: int) -> KernelTask:
         """Return the task at another density."""

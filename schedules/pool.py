@@ -11,6 +11,7 @@ Loop nest::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -35,6 +36,7 @@ __all__ = [
     "maxima_kernel",
     "pool_prim_func",
     "schedule_pool",
+    "windows_padding",
 ]
 
 POOL_RULE = "tvm_nm_pool"
@@ -81,12 +83,33 @@ def choose_pool_kernel(
     return PoolKernel(best, kind, explicit_padding)
 
 
+def windows_padding(
+    shape: Sequence[int],
+    out_shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[Any],
+) -> tuple[int, int, int, int]:
+    """Return a pooling's padding (top, left, bottom, right) as far as its windows reach; shapes are (N, C, H, W).
+
+    Ceil mode makes windows that begin inside the input but end beyond its padding.
+    """
+    top, left, bottom, right = (int(pad) for pad in padding)
+    reach = [
+        (out - 1) * step + (size - 1) * gap + 1
+        for out, step, size, gap in zip(out_shape[2:], stride, kernel, dilation, strict=True)
+    ]
+    return top, left, max(bottom, reach[0] - shape[2] - top), max(right, reach[1] - shape[3] - left)
+
+
 def maxima_kernel(work: ConvWorkload, machine: Machine) -> PoolKernel:
-    """Return the kernel for maxima of squares of 2x2 pixels of a convolution's output."""
-    channels = work.out_channels
+    """Return the kernel for the maxima of a convolution's output that its epilogue takes at the end."""
+    channels, pool = work.out_channels, work.epilogue.pool
+    assert pool is not None
     shape = (work.batch, channels, channels, work.out_height, work.out_width)
-    pool = ConvWorkload(*shape, (2, 2), (2, 2), groups=channels)
-    return choose_pool_kernel(pool, PoolKind.MAX, (0, 0, 0, 0), machine)
+    windows = ConvWorkload(*shape, pool.kernel, pool.stride, pool.padding, groups=channels)
+    return choose_pool_kernel(windows, PoolKind.MAX, pool.padding, machine)
 
 
 def maxima_cycles(work: ConvWorkload, machine: Machine) -> float:

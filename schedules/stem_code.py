@@ -2,17 +2,20 @@
 
 Loop nest (AVX-512)::
 
-    parallel n, band of output rows
+    parallel n, band of stored rows
       padded = the band's input rows             # (row, channel, column), zeros around: in L2
       for V vectors of channels                  # their weights stay in L1
-        for row
-          for tile of P pixels
+        for stored row
+          for row of sums, tile of P pixels      # pooled: those rows of the window that the one before did not have
             acc[P][V] = bias
             for ky, ic, kx                       # through a table of offsets
               acc[p][v] += W[v] * X[p]           # V loads, P broadcasts, P*V FMAs
-            sums = acc
-          for square of 16 pixels
+            sums = acc                           # one row; pooled: a ring of rows
+          pooled: line = maxima of the window's rows
+          for square of 16 pixels                # pooled: maxima of the window's columns of the line
             out = act(transposed + residual)     # 16 loads, 64 shuffles, 16 stores
+
+The activation keeps the order of numbers: what comes after it are the maxima of what it is applied to.
 
 Written as TensorIR directly: bands and borders make for loop bounds that a schedule's region analysis turns into
 conditions of inner loops.
@@ -20,8 +23,9 @@ conditions of inner loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, reduce
 from typing import Any
 
 import tvm
@@ -36,6 +40,7 @@ from tvm_nm.schedules.chain_loops import (
     flat_function,
     least,
     load,
+    most_of,
     splat,
     store_vector,
 )
@@ -43,6 +48,7 @@ from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.schedules.stem_conv import StemKernel
 from tvm_nm.schedules.transpose import turned_square
+from tvm_nm.workload import MaxPool
 
 __all__ = ["stem_prim_func"]
 
@@ -52,8 +58,8 @@ def stem_prim_func(kernel: StemKernel) -> tvm.tirx.PrimFunc:
     """Return the function of a variant, which needs no schedule.
 
     Its arguments, in order: data (N, C, H, W); packed weights and the table of offsets (`StemKernel.weight_shape`,
-    `StemKernel.index_shape`); bias (OC,); the residual (N, OC, OH, OW) if the epilogue adds one; the output (N, OC, OH,
-    OW). All float32 but the table.
+    `StemKernel.index_shape`); bias (OC,); the residual (N, OC, OH, OW) if the epilogue adds one; the output
+    (`ConvWorkload.stored_shape`). All float32 but the table.
     """
     shapes = conv_argument_shapes(kernel.workload, kernel.weight_shape, kernel.index_shape, kernel.index_dtype)
     return flat_function(shapes, lambda buffers: _Code(kernel, buffers).emit())
@@ -67,6 +73,8 @@ class _Code:
         self._work = kernel.workload
         self._lanes = kernel.lanes
         self._buffers = buffers
+        self._pool = kernel.workload.epilogue.pool
+        _, _, self._stored_height, self._stored_width = kernel.workload.stored_shape
 
     def emit(self) -> None:
         kernel, work = self._kernel, self._work
@@ -74,13 +82,25 @@ class _Code:
             image, band = divided(task, kernel.bands, work.batch)
             first = bound(band * kernel.rows)
             count = kernel.rows
-            if work.out_height % count:
-                count = least(count, work.out_height - first)
+            if self._stored_height % count:
+                count = least(count, self._stored_height - first)
+            top = first
+            if self._pool is not None:
+                top = most_of(0, first * self._pool.stride[0] - self._pool.padding[0])
             source = T.alloc_buffer((kernel.in_rows * kernel.in_row,), "float32")
-            sums = T.alloc_buffer((kernel.vectors * work.out_width * kernel.lanes,), "float32")
-            self._copy_input(image, bound(first * work.stride[0] - work.padding[0]), source)
+            sums = T.alloc_buffer((kernel.vectors * self._plane,), "float32")
+            self._copy_input(image, bound(top * work.stride[0] - work.padding[0]), source)
             with T.serial(0, kernel.channel_vectors // kernel.vectors) as group:
-                self._channels(image, group * kernel.vectors, first, count, source, sums)
+                self._channels(image, group * kernel.vectors, first, count, top, source, sums)
+
+    @property
+    def _plane(self) -> int:
+        """Elements of the sums of a vector of channels that are kept."""
+        return self._kernel.ring_rows * self._work.out_width * self._lanes
+
+    @property
+    def _stored_pixels(self) -> int:
+        return self._stored_height * self._stored_width
 
     def _copy_input(self, image: Any, top: Any, source: Any) -> None:
         """Copy a band's rows, the first of which is `top`, with zeros for what lies beyond the map."""
@@ -104,24 +124,49 @@ class _Code:
                 with T.Else():
                     _runs(self._kernel.in_row, lanes, lambda x: store_vector(source, to + x, splat(0.0, lanes), lanes))
 
-    def _channels(self, image: Any, start: Any, first: Any, count: Any, source: Any, sums: Any) -> None:
-        """Compute some vectors of channels, from vector `start`, of the rows of a band."""
+    def _channels(self, image: Any, start: Any, first: Any, count: Any, top: Any, source: Any, sums: Any) -> None:
+        """Compute some vectors of channels, from vector `start`, of `count` stored rows; sums begin with row `top`."""
         work, lanes = self._work, self._lanes
         channels = [bound((start + v) * lanes) for v in range(self._kernel.vectors)]
         if work.out_channels % lanes:
             channels = [least(work.out_channels - lanes, channel) for channel in channels]
         bias = [T.Bind(load(self._buffers["bias"], channel, lanes)) for channel in channels]
+        line, pool = sums, self._pool
+        if pool is not None:
+            line = T.alloc_buffer(((pool.padding[1] + work.out_width + pool.padding[3]) * lanes,), "float32")
         with T.serial(0, count) as number:
+            y = bound(first + number)
             # Where the row of each vector's first channel begins in the output.
             rows = [
-                bound((image * work.out_channels + channel) * work.out_pixels + (first + number) * work.out_width)
+                bound((image * work.out_channels + channel) * self._stored_pixels + y * self._stored_width)
                 for channel in channels
             ]
-            self._sums(start, bias, number, source, sums, rows)
+            if pool is None:
+                self._sums(start, bias, number, source, sums, 0, rows)
+            else:
+                with self._new_rows(pool, y, number) as row:
+                    self._sums(start, bias, row - top, source, sums, self._ring_row(row), rows)
             for v, row in enumerate(rows):
-                self._store(sums, v * (work.out_width * lanes), row)
+                if pool is not None:
+                    self._tallest(pool, y, sums, v * self._plane, line)
+                self._store(line, v * self._plane if pool is None else 0, row)
 
-    def _sums(self, start: Any, bias: list[Any], row: Any, source: Any, sums: Any, rows: list[Any]) -> None:
+    @contextmanager
+    def _new_rows(self, pool: MaxPool, y: Any, number: Any) -> Iterator[Any]:
+        """Loop over the rows of sums that a stored row's window has, and that of the one before did not."""
+        begin = T.Bind(y * pool.stride[0] - pool.padding[0])
+        end = least(self._work.out_height, begin + pool.kernel[0])
+        present = begin - pool.stride[0] + pool.kernel[0]
+        begin = most_of(0, tirx.max(begin, tirx.if_then_else(number == 0, 0, present)))
+        with T.serial(0, most_of(0, end - begin)) as i:
+            yield T.Bind(begin + i)
+
+    def _ring_row(self, row: Any) -> Any:
+        """Return where a row of sums is kept."""
+        place = tirx.bitwise_and(row, tirx.const(self._kernel.ring_rows - 1, "int32"))
+        return T.Bind(place * (self._work.out_width * self._lanes))
+
+    def _sums(self, start: Any, bias: list[Any], row: Any, source: Any, sums: Any, to: Any, rows: list[Any]) -> None:
         """Compute a row of sums, `row` counted from the first of the band, of some vectors of channels."""
         kernel, work, lanes = self._kernel, self._work, self._lanes
         vectors, columns = kernel.vectors, kernel.columns
@@ -149,8 +194,7 @@ class _Code:
                         add_to(registers[p * vectors + v], 0, taps[v] * value, lanes)
             for number, register in enumerate(registers):
                 p, v = divmod(number, vectors)
-                to = (v * work.out_width + column + p) * lanes
-                store_vector(sums, to, load(register, 0, lanes), lanes)
+                store_vector(sums, v * self._plane + to + (column + p) * lanes, load(register, 0, lanes), lanes)
 
     def _fetch_output(self, step: Any, column: Any, rows: list[Any]) -> None:
         """Fetch a share of the lines that a tile's sums will go to: one for each channel, all within the reduction."""
@@ -158,23 +202,47 @@ class _Code:
         lines = lanes * len(rows)
         for part in range(-(-lines // steps)):
             line = T.Bind(tirx.min(lines - 1, step + part * steps))
-            at = rows[0] + line * self._work.out_pixels + column  # of the last vector perhaps too far: it may overlap
+            at = rows[0] + line * self._stored_pixels + column  # of the last vector perhaps too far: it may overlap
             T.add_to_parent(fetch(Fetch.WRITE, self._buffers["out"], [at]))
 
-    def _store(self, sums: Any, start: int, row: Any) -> None:
-        """Turn a row of a vector's sums to pixels, and store them through the epilogue to `row` and those below."""
+    def _tallest(self, pool: MaxPool, y: Any, sums: Any, start: int, line: Any) -> None:
+        """Take maxima of the rows of a window; beyond the map, the rows and columns at its border stand in."""
         work, lanes = self._work, self._lanes
+        begin = T.Bind(y * pool.stride[0] - pool.padding[0])
+        rows = [least(work.out_height - 1, most_of(0, begin + ky)) for ky in range(pool.kernel[0])]
+        places = [self._ring_row(row) for row in rows]
+        _, left, _, right = pool.padding
+        with T.serial(0, work.out_width) as x:
+            values = [load(sums, start + place + x * lanes, lanes) for place in places]
+            store_vector(line, (left + x) * lanes, _greatest(values), lanes)
+        last = left + work.out_width - 1
+        for border, columns in ((left, range(left)), (last, range(last + 1, last + 1 + right))):
+            for column in columns:
+                store_vector(line, column * lanes, load(line, border * lanes, lanes), lanes)
+
+    def _store(self, line: Any, start: int, row: Any) -> None:
+        """Turn a row of a vector's sums to pixels, and store them through the epilogue to `row` and those below."""
+        work, lanes, pool = self._work, self._lanes, self._pool
+        step, reads = (1, 1) if pool is None else (pool.stride[1], pool.kernel[1])
 
         def square(pixel: Any) -> None:
             at = bound(row + pixel)
-            columns = [T.Bind(load(sums, start + (pixel + i) * lanes, lanes)) for i in range(lanes)]
-            for i, value in enumerate(turned_square(columns)):
+            windows = [
+                [load(line, start + ((pixel + i) * step + x) * lanes, lanes) for x in range(reads)]
+                for i in range(lanes)
+            ]
+            for i, value in enumerate(turned_square([T.Bind(_greatest(window)) for window in windows])):
                 if work.epilogue.residual:
-                    value = value + load(self._buffers["residual"], at + i * work.out_pixels, lanes)
+                    value = value + load(self._buffers["residual"], at + i * self._stored_pixels, lanes)
                 value = activated(value, work.epilogue, lanes)
-                store_vector(self._buffers["out"], at + i * work.out_pixels, value, lanes)
+                store_vector(self._buffers["out"], at + i * self._stored_pixels, value, lanes)
 
-        _runs(work.out_width, lanes, square)
+        _runs(self._stored_width, lanes, square)
+
+
+def _greatest(vectors: list[Any]) -> Any:
+    """Return the greatest of some vectors, lane by lane."""
+    return reduce(tirx.max, vectors)
 
 
 def _runs(size: int, lanes: int, body: Callable[[Any], None]) -> None:

@@ -4,7 +4,8 @@
 
 Vectors run over output channels and inputs are broadcast, as in `channel_conv`, so a stride needs no phases and rows of
 any width fill their registers. Maps are large: a task computes a band of output rows, a few vectors of channels at a
-time, and turns each row to pixels as it stores it.
+time, and turns each row to pixels as it stores it. Channels being vectors, a max pooling behind the convolution takes
+maxima of whole vectors, whatever its stride, of rows that are still in the cache; only what it leaves is stored.
 """
 
 from __future__ import annotations
@@ -18,9 +19,17 @@ import numpy.typing as npt
 from tvm_nm.schedules.packing import PackedWeights
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["StemKernel", "pack_stem", "stem_offsets"]
+__all__ = ["StemKernel", "pack_stem", "stem_applies", "stem_offsets"]
 
 _L2_BYTES = 2 << 20
+_MOST_CHANNELS = 16
+_MOST_STEPS = 1024
+
+
+def stem_applies(work: ConvWorkload) -> bool:
+    """Whether a convolution has windows and few input channels, as those that networks begin with."""
+    few = work.in_channels <= _MOST_CHANNELS and work.in_channels * work.taps <= _MOST_STEPS
+    return few and work.groups == 1 and work.taps > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +39,15 @@ class StemKernel:
     Attributes
     ----------
     workload
-        The convolution: without groups, of at least a vector of output channels, whose rows are at least a vector
-        wide, and the input's.
+        The convolution: of windows, without groups, of at least a vector of output channels, whose rows are at least a
+        vector wide, those of the input and stored ones.
     lanes
         float32 elements of one vector.
     vectors, columns
         The register tile: vectors of output channels, a divisor of all, and pixels of a row. The last tile of a row
         begins early enough to be as large: with a shorter one LLVM would merge it, and spill.
     rows
-        Output rows of one parallel task; the last may have fewer.
+        Stored rows of one parallel task; the last may have fewer.
 
     Raises
     ------
@@ -57,14 +66,20 @@ class StemKernel:
         fits = (
             work.groups == 1
             and work.out_channels >= self.lanes
-            and min(work.out_width, work.width, work.reach[1] - work.padding[1]) >= self.lanes
+            and self.least_width >= self.lanes
             and self.vectors >= 1
             and self.channel_vectors % self.vectors == 0
             and 1 <= self.columns <= work.out_width
-            and 1 <= self.rows <= work.out_height
+            and 1 <= self.rows <= work.stored_shape[2]
         )
         if not fits:
             raise ValueError(f"{self!r} does not fit")
+
+    @property
+    def least_width(self) -> int:
+        """The shortest run of pixels that vectors load or store."""
+        work = self.workload
+        return min(work.stored_shape[3], work.width, work.reach[1] - work.padding[1])
 
     @property
     def channel_vectors(self) -> int:
@@ -74,7 +89,7 @@ class StemKernel:
     @property
     def bands(self) -> int:
         """Tasks of an image."""
-        return -(-self.workload.out_height // self.rows)
+        return -(-self.workload.stored_shape[2] // self.rows)
 
     @property
     def tasks(self) -> int:
@@ -87,10 +102,24 @@ class StemKernel:
         return self.workload.in_channels * self.workload.taps
 
     @property
+    def sum_rows(self) -> int:
+        """Rows of sums that a task computes, at most."""
+        pool = self.workload.epilogue.pool
+        if pool is None:
+            return self.rows
+        return min(self.workload.out_height, (self.rows - 1) * pool.stride[0] + pool.kernel[0])
+
+    @property
+    def ring_rows(self) -> int:
+        """Rows of sums that are kept: one, or the power of two that holds a pooling window's."""
+        pool = self.workload.epilogue.pool
+        return 1 if pool is None else 1 << (pool.kernel[0] - 1).bit_length()
+
+    @property
     def in_rows(self) -> int:
         """Rows of the padded input that a task reads."""
         work = self.workload
-        return (self.rows - 1) * work.stride[0] + (work.kernel[0] - 1) * work.dilation[0] + 1
+        return (self.sum_rows - 1) * work.stride[0] + (work.kernel[0] - 1) * work.dilation[0] + 1
 
     @property
     def in_row(self) -> int:
@@ -108,7 +137,7 @@ class StemKernel:
 
         Long ones leave the processor time enough to wait for lines beside the sums of the next row.
         """
-        stored = 4 * math.prod(self.workload.output_shape)
+        stored = 4 * math.prod(self.workload.stored_shape)
         return stored > _L2_BYTES and self.steps <= 2 * self.vectors * self.lanes
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tvm_nm.schedules.machine import Machine
-from tvm_nm.schedules.stem_conv import StemKernel
+from tvm_nm.schedules.stem_conv import StemKernel, stem_applies
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["stem_candidates", "stem_cycles"]
@@ -24,6 +24,7 @@ _STEP_CYCLES = 0.5
 _TILE_CYCLES = 5.0
 _CYCLES_PER_SUM = 0.5
 _SHUFFLES_PER_CYCLE = 2.0
+_CYCLES_PER_MAXIMUM = 1.0
 _COPY_BYTES_PER_CYCLE = 12.0
 # A band's input is read from L2 once for each group of vectors; more of it is not there any more.
 _L2_BYTES_PER_CYCLE = 48.0
@@ -31,19 +32,19 @@ _FAR_BYTES_PER_CYCLE = 12.0
 _NEAR_BYTES = 256 * 1024
 _TASK_OVERHEAD = 300.0
 
+_LARGEST_WINDOW = 8
 _MOST_SCRATCH_BYTES = 1 << 20
-_MOST_CHANNELS = 16
-_MOST_STEPS = 1024
 _MOST_VECTORS = 3
 _TILE_CHOICES = 2
 
 
 def stem_candidates(work: ConvWorkload, machine: Machine) -> list[StemKernel]:
     """Return the variants worth trying, none where the family does not fit: many input channels, small maps."""
-    lanes = machine.lanes
-    columns = min(work.out_width, work.width, work.reach[1] - work.padding[1])
-    few = work.in_channels <= _MOST_CHANNELS and work.in_channels * work.taps <= _MOST_STEPS
-    if work.groups > 1 or work.out_channels < lanes or columns < lanes or not few:
+    lanes, pool = machine.lanes, work.epilogue.pool
+    if pool is not None and max(pool.kernel) > _LARGEST_WINDOW:
+        return []  # whose taps are all unrolled
+    columns = min(work.stored_shape[3], work.width, work.reach[1] - work.padding[1])
+    if not stem_applies(work) or work.out_channels < lanes or columns < lanes:
         return []
     return list(dict.fromkeys(_variants(work, machine)))
 
@@ -70,8 +71,9 @@ def _tile_columns(work: ConvWorkload, machine: Machine, vectors: int) -> list[in
 
 def _band_rows(work: ConvWorkload, machine: Machine) -> list[int]:
     """Return rows of tasks that keep the threads evenly busy: one to eight tasks for each."""
+    height = work.stored_shape[2]
     parts = [machine.threads * count for count in (1, 2, 4, 8)]
-    return sorted({-(-work.out_height // min(work.out_height, part)) for part in parts}, reverse=True)
+    return sorted({-(-height // min(height, part)) for part in parts}, reverse=True)
 
 
 def stem_cycles(kernel: StemKernel, machine: Machine) -> float:
@@ -80,9 +82,14 @@ def stem_cycles(kernel: StemKernel, machine: Machine) -> float:
     sums, tiles = kernel.vectors * kernel.columns, -(-work.out_width // kernel.columns)
     step = max(sums / _FMAS_PER_CYCLE, (kernel.vectors + kernel.columns) / _LOADS_PER_CYCLE, _FMA_LATENCY)
     tile = kernel.steps * (step + _STEP_CYCLES) + _TILE_CYCLES + sums * _CYCLES_PER_SUM
-    squares = -(-work.out_width // lanes) * lanes * (lanes.bit_length() - 1) / _SHUFFLES_PER_CYCLE
+    _, _, height, width = work.stored_shape
+    squares = -(-width // lanes) * lanes * (lanes.bit_length() - 1) / _SHUFFLES_PER_CYCLE
     groups = kernel.channel_vectors // kernel.vectors
-    rows = kernel.rows * kernel.bands * groups * (tiles * tile + kernel.vectors * squares)
+    rows = kernel.bands * groups * kernel.rows * kernel.vectors * squares
+    if work.epilogue.pool is not None:
+        taken = work.out_width * work.epilogue.pool.kernel[0] + width * work.epilogue.pool.kernel[1]
+        rows += groups * kernel.vectors * height * taken * _CYCLES_PER_MAXIMUM
+    rows += kernel.bands * kernel.sum_rows * groups * tiles * tile  # what two bands share is computed by both
     read = kernel.bands * kernel.scratch_bytes
     speed = _L2_BYTES_PER_CYCLE if kernel.scratch_bytes <= _NEAR_BYTES else _FAR_BYTES_PER_CYCLE
     cycles = work.batch * (rows + read / _COPY_BYTES_PER_CYCLE + groups * read / speed)

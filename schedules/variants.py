@@ -15,6 +15,7 @@ import tvm
 from tvm_nm.schedules.families import Kernel, families_for, family_of
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
+from tvm_nm.workload import MaxPool
 
 __all__ = [
     "Kernel",
@@ -23,6 +24,7 @@ __all__ = [
     "kernel_from_text",
     "kernel_prim_func",
     "neighbours",
+    "pooled_task",
     "ranked_kernels",
     "variant_text",
     "winograd_fits",
@@ -53,6 +55,14 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
 def winograd_fits(task: KernelTask, machine: Machine) -> bool:
     """Whether there are Winograd kernels for a direct task: block rows are whole vectors."""
     return task.takes_winograd and task.block % machine.lanes == 0
+
+
+def pooled_task(task: KernelTask, pool: MaxPool, machine: Machine) -> KernelTask | None:
+    """Return a direct task with the maxima that follow, where there are kernels for both in one; else None."""
+    pooled = task.pooled(pool)
+    if pooled is None or not any(family.candidates(pooled, machine) for family in families_for(pooled)):
+        return None
+    return pooled
 
 
 def kernel_cycles(kernel: Kernel, machine: Machine) -> float:

@@ -143,10 +143,11 @@ def layer_model(shape: LayerShape, epilogue: Epilogue) -> onnx.ModelProto:
             bounds.append(name if bound is not None else "")
         nodes.append(helper.make_node("Clip", [last, *bounds], ["y2"], name="clip"))
     stored = list(shape.output_shape)
-    if epilogue.pool:
-        square = {"kernel_shape": [2, 2], "strides": [2, 2]}
-        nodes.append(helper.make_node("MaxPool", [nodes[-1].output[0]], ["y3"], name="pool", **square))
-        stored[2:] = [size // 2 for size in stored[2:]]
+    if epilogue.pool is not None:
+        pool = epilogue.pool
+        windows = {"kernel_shape": list(pool.kernel), "strides": list(pool.stride), "pads": list(pool.padding)}
+        nodes.append(helper.make_node("MaxPool", [nodes[-1].output[0]], ["y3"], name="pool", **windows))
+        stored[2:] = pool.output_size(*stored[2:])
     graph = helper.make_graph(
         nodes,
         shape.name,

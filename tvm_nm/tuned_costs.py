@@ -48,7 +48,7 @@ def add_tuned_times(table: CostTable, module: tvm.IRModule, trials: TrialTable) 
             if not candidate.is_dense:
                 work = works[layer.name]
                 task = layer_task(work, table.threads, candidate.pattern, candidate.density)
-                tasks = with_winograd([task], machine_of(trials.target), maxima=work.epilogue.pool)
+                tasks = with_winograd([task], machine_of(trials.target), pool=work.epilogue.pool)
                 measured = [best for best in map(trials.measured, tasks) if best is not None]
                 if measured:
                     known[candidate.key] = min(measured, key=lambda best: best.latency_us)

@@ -5,11 +5,76 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-__all__ = ["ConvWorkload", "Epilogue"]
+__all__ = ["ConvWorkload", "Epilogue", "MaxPool"]
 
 _EPILOGUE = re.compile(
-    r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?(?P<pool>\+max2x2)?"
+    r"bias(?P<add>\+add)?(?:\+(?P<relu>relu)|\+clip\((?P<low>[^,]+),(?P<high>[^)]+)\))?"
+    r"(?:\+(?P<pool>max\d+x\d+(?:s\d+x\d+)?(?:p\d+(?:,\d+){3})?))?"
 )
+_POOL = re.compile(r"max(\d+)x(\d+)(?:s(\d+)x(\d+))?(?:p(\d+),(\d+),(\d+),(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class MaxPool:
+    """Maxima of windows; padding never wins.
+
+    Attributes
+    ----------
+    kernel, stride
+        (vertical, horizontal).
+    padding
+        (top, left, bottom, right), as far as windows reach.
+
+    Raises
+    ------
+    ValueError
+        If sizes are not positive, or a window could lie in the padding alone.
+    """
+
+    kernel: tuple[int, int] = (2, 2)
+    stride: tuple[int, int] = (2, 2)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def __post_init__(self) -> None:
+        if min(*self.kernel, *self.stride) < 1 or min(self.padding) < 0:
+            raise ValueError(f"sizes must be positive: {self!r}")
+        if any(pad >= size for pad, size in zip(self.padding, self.kernel * 2, strict=True)):
+            raise ValueError(f"a window could lie in the padding alone: {self!r}")
+
+    @property
+    def is_squares(self) -> bool:
+        """Whether the windows are squares of 2x2 pixels side by side; an odd last row or column is dropped."""
+        return self == MaxPool()
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns that are left of a map."""
+        top, left, bottom, right = self.padding
+        return (
+            (height + top + bottom - self.kernel[0]) // self.stride[0] + 1,
+            (width + left + right - self.kernel[1]) // self.stride[1] + 1,
+        )
+
+    def __str__(self) -> str:
+        """Return the text form that `parse` reads, such as `max2x2` or `max3x3s2x2p1,1,1,1`."""
+        stride = "" if self.stride == self.kernel else f"s{self.stride[0]}x{self.stride[1]}"
+        padding = f"p{','.join(map(str, self.padding))}" if any(self.padding) else ""
+        return f"max{self.kernel[0]}x{self.kernel[1]}{stride}{padding}"
+
+    @classmethod
+    def parse(cls, text: str) -> MaxPool:
+        """Read the text form.
+
+        Raises
+        ------
+        ValueError
+            If it is none.
+        """
+        found = _POOL.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r:.60} is no pooling, such as 'max3x3s2x2p1,1,1,1'")
+        kh, kw, sy, sx, *padding = found.groups()
+        top, left, bottom, right = (int(pad or 0) for pad in padding)
+        return cls((int(kh), int(kw)), (int(sy or kh), int(sx or kw)), (top, left, bottom, right))
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +88,7 @@ class Epilogue:
     clip_min, clip_max
         Bounds of the activation, None where it has none. ReLU is `(0.0, None)`, ReLU6 `(0.0, 6.0)`.
     pool
-        The largest of each square of 2x2 pixels is stored; an odd last row or column is dropped.
+        What is pooled and stored instead; None where all is stored.
 
     The bias is always there; a convolution without one adds zeros.
 
@@ -36,7 +101,7 @@ class Epilogue:
     residual: bool = False
     clip_min: float | None = None
     clip_max: float | None = None
-    pool: bool = False
+    pool: MaxPool | None = None
 
     def __post_init__(self) -> None:
         if self.residual and self.pool:
@@ -51,7 +116,7 @@ class Epilogue:
         elif self.clip_min is not None or self.clip_max is not None:
             parts.append(f"clip({self.clip_min},{self.clip_max})")
         if self.pool:
-            parts.append("max2x2")
+            parts.append(str(self.pool))
         return "+".join(parts)
 
     @classmethod
@@ -66,7 +131,7 @@ class Epilogue:
         found = _EPILOGUE.fullmatch(text)
         if found is None:
             raise ValueError(f"{text!r:.60} is no epilogue, such as 'bias+add+relu'")
-        add, pool = bool(found["add"]), bool(found["pool"])
+        add, pool = bool(found["add"]), MaxPool.parse(found["pool"]) if found["pool"] else None
         if found["relu"]:
             return cls(add, 0.0, pool=pool)
         low, high = (None if found[name] in (None, "None") else float(found[name]) for name in ("low", "high"))
@@ -118,8 +183,8 @@ class ConvWorkload:
             )
         if self.out_height < 1 or self.out_width < 1:
             raise ValueError(f"the kernel is larger than the padded input: {self!r}")
-        if self.epilogue.pool and (self.out_height < 2 or self.out_width < 2):
-            raise ValueError(f"nothing is left of an output without a square of 2x2 pixels: {self!r}")
+        if min(self.stored_shape) < 1:
+            raise ValueError(f"nothing is left of an output that is smaller than the pooling's window: {self!r}")
 
     @property
     def out_height(self) -> int:
@@ -144,13 +209,17 @@ class ConvWorkload:
     @property
     def stored_shape(self) -> tuple[int, int, int, int]:
         """(N, OC, height, width) of what the epilogue leaves of the output."""
-        shrink = 2 if self.epilogue.pool else 1
-        return (self.batch, self.out_channels, self.out_height // shrink, self.out_width // shrink)
+        size, pool = (self.out_height, self.out_width), self.epilogue.pool
+        return (self.batch, self.out_channels, *(size if pool is None else pool.output_size(*size)))
 
     @property
     def unpooled(self) -> ConvWorkload:
         """The same without the maxima of its epilogue."""
-        return replace(self, epilogue=replace(self.epilogue, pool=False))
+        return self.pooled(None)
+
+    def pooled(self, pool: MaxPool | None) -> ConvWorkload:
+        """Return the same with these maxima at the end of its epilogue."""
+        return replace(self, epilogue=replace(self.epilogue, pool=pool))
 
     @property
     def reach(self) -> tuple[int, int]:

@@ -71,4 +71,6 @@ def families_for(task: KernelTask) -> tuple[KernelFamily[Any], ...]:
         return (_FAMILIES[ChainKernel],)
     if task.kind == "fc":
         return (_FAMILIES[FcKernel],)
-    return (_FAMILIES[WinogradKernel],) if task.winograd else _DIRECT
+    if task.winograd:
+        return (_FAMILIES[WinogradKernel],)
+    return _DIRECT if task.workload.epilogue.pool is None else (_FAMILIES[StemKernel],)

@@ -14,7 +14,7 @@ from tvm import relax
 from tvm_nm.inventory import layer_calls
 from tvm_nm.passes.dataflow import static_shape
 from tvm_nm.passes.epilogue import FusedLayer, fuse_epilogues, scalar
-from tvm_nm.workload import Epilogue
+from tvm_nm.workload import Epilogue, MaxPool
 
 X = (1, 4, 6, 6)
 op = relax.op
@@ -300,14 +300,14 @@ def max_pool(b: Builder, x: Any, size: int = 2, stride: int = 2, **attributes: A
 @pytest.mark.parametrize("shape", [(1, 4, 6, 6), (3, 4, 7, 9)])
 def test_maxima_belong_to_the_layer(shape: tuple[int, ...]) -> None:
     layer = only(lambda b, x: max_pool(b, b.relu(b.bias(b.conv(x, 8)))), shape)
-    assert layer.epilogue == Epilogue(False, 0.0, pool=True)
+    assert layer.epilogue == Epilogue(False, 0.0, pool=MaxPool())
     assert len(layer.absorbed) == 3
     assert static_shape(layer.end) == (shape[0], 8, shape[2] // 2, shape[3] // 2)
 
 
 def test_maxima_of_a_bare_layer_and_what_follows_them() -> None:
     layer = only(lambda b, x: b.relu(max_pool(b, b.conv(x, 8))))
-    assert layer.epilogue == Epilogue(pool=True)
+    assert layer.epilogue == Epilogue(pool=MaxPool())
     assert len(layer.absorbed) == 1
 
 
@@ -323,9 +323,31 @@ def test_maxima_of_a_bare_layer_and_what_follows_them() -> None:
     ids=str,
 )
 def test_other_poolings_stay(pool: dict[str, Any]) -> None:
-    layer = only(lambda b, x: max_pool(b, b.relu(b.conv(x, 8)), **pool), (1, 4, 7, 7))
+    layer = only(lambda b, x: max_pool(b, b.relu(b.conv(x, 8)), **pool), (1, 20, 7, 7))
     assert layer.epilogue == Epilogue(False, 0.0)
     assert len(layer.absorbed) == 1
+
+
+@pytest.mark.parametrize(
+    ("pool", "found"),
+    [
+        ({"size": 3, "padding": (1, 1, 1, 1)}, MaxPool((3, 3), (2, 2), (1, 1, 1, 1))),
+        ({"size": 3}, MaxPool((3, 3), (2, 2))),
+        ({"size": 3, "stride": 3, "ceil_mode": True}, MaxPool((3, 3), (3, 3), (0, 0, 1, 1))),
+        ({"ceil_mode": True}, MaxPool((2, 2), (2, 2), (0, 0, 1, 1))),
+        ({"size": 3, "stride": 1, "padding": (0, 2, 1, 0)}, MaxPool((3, 3), (1, 1), (0, 2, 1, 0))),
+    ],
+    ids=str,
+)
+def test_any_maxima_belong_to_layers_of_few_channels(pool: dict[str, Any], found: MaxPool) -> None:
+    layer = only(lambda b, x: max_pool(b, b.relu(b.conv(x, 8)), **pool), (1, 3, 23, 23))
+    assert layer.epilogue == Epilogue(False, 0.0, None, found)
+    assert static_shape(layer.end)[2:] == found.output_size(23, 23)
+
+
+@pytest.mark.parametrize("pool", [{"dilation": (2, 2)}, {"size": 3, "layout": "NHWC"}], ids=str)
+def test_what_the_first_layer_takes_no_maxima_of(pool: dict[str, Any]) -> None:
+    assert only(lambda b, x: max_pool(b, b.conv(x, 8), **pool), (1, 3, 22, 22)).epilogue == Epilogue()
 
 
 def test_ceil_mode_makes_no_difference_to_even_sizes() -> None:
@@ -336,7 +358,7 @@ def test_ceil_mode_makes_no_difference_to_even_sizes() -> None:
     "conv", [{"kernel": 1}, {"kernel": 5}, {"strides": 2}, {"groups": 2}, {"dilation": 2, "padding": 2}], ids=str
 )
 def test_maxima_of_layers_without_winograd_kernels_stay(conv: dict[str, Any]) -> None:
-    assert not only(lambda b, x: max_pool(b, b.conv(x, 8, **conv)), (1, 4, 12, 12)).epilogue.pool
+    assert not only(lambda b, x: max_pool(b, b.conv(x, 8, **conv)), (1, 20, 12, 12)).epilogue.pool
 
 
 def test_averages_and_maxima_of_sums_with_a_residual_stay() -> None:

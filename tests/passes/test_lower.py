@@ -33,7 +33,7 @@ from tvm_nm.schedules.tiling import choose_kernel
 from tvm_nm.schedules.tuned import TunedKernel
 from tvm_nm.schedules.variants import default_kernel
 from tvm_nm.schedules.winograd import WinogradKernel
-from tvm_nm.workload import ConvWorkload, Epilogue
+from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 
 TARGET = host_target(1)
 # What is chosen depends on the machine; this one is the same everywhere.
@@ -360,6 +360,67 @@ def test_a_sparse_winograd_kernel_takes_the_maxima() -> None:
     assert_same_results(mod, 1e-5)
 
 
+def first_layer(b: Builder, x: Any, mask: Any = None, **attributes: Any) -> Any:
+    """As ResNets begin."""
+    x = b.relu(b.bias(b.conv(x, 32, 7, strides=2, mask=mask)))
+    return b(op.nn.max_pool2d(x, (3, 3), (2, 2), **({"padding": (1, 1, 1, 1)} | attributes)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "attributes"),
+    [((1, 3, 80, 80), {}), ((2, 3, 67, 83), {"padding": (0, 0, 0, 0), "ceil_mode": True}), ((1, 1, 64, 72), {})],
+)
+def test_a_first_layer_takes_the_maxima(shape: tuple[int, ...], attributes: dict[str, Any]) -> None:
+    mod = module(lambda b, x: first_layer(b, x, **attributes), shape)
+    after = lower(mod)
+    assert operators(after) == ["tvm_nm_conv"]
+    (report,) = layer_reports(after)
+    assert report.epilogue.startswith("bias+relu+max3x3s2x2")
+    assert (report.pool, report.kernel[:4]) == ("", "stem")
+    built = build_executable(mod, TARGET)
+    inputs = inputs_of(mod)
+    (found,) = run(built.executable, *inputs)
+    np.testing.assert_array_equal(found, NumpyModule(mod)(*inputs)[0])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_first_layer_that_cannot_take_them_is_followed_by_a_pooling(sparse: bool) -> None:
+    """Rows of 10 pixels are less than a vector; a kernel that skips zeros takes no maxima of such windows."""
+    size, mask = (80, None) if sparse else (40, None)
+    if sparse:
+        mask = mask_of("1x16", (32, 4, 7, 7), 0.25)
+    mod = module(lambda b, x: first_layer(b, x, mask), (1, 4, size, size))
+    after = lower(mod, always_sparse=sparse)
+    assert operators(after) == ["tvm_nm_conv", "tvm_nm_pool"]
+    (report,) = layer_reports(after)
+    assert (report.epilogue, report.pool) == ("bias+relu+max3x3s2x2p1,1,1,1", "tvm_nm_pool")
+    assert report.kernel.endswith(", then a pooling")
+    assert (report.pattern == "dense") is not sparse
+    assert_same_results(mod, 1e-5)
+
+
+def test_a_first_layer_that_others_read_takes_no_maxima() -> None:
+    def build(b: Builder, x: Any) -> list[Any]:
+        y = b.relu(b.conv(x, 32, 7, strides=2))
+        return [y, b.output(op.nn.max_pool2d(y, (3, 3), (2, 2)))]
+
+    mod = module(build, (1, 3, 80, 80))
+    assert operators(lower(mod)) == ["tvm_nm_conv", "tvm_nm_pool"]
+    assert layer_reports(lower(mod))[0].epilogue == "bias+relu"
+
+
+def test_maxima_of_the_same_size_before_a_depthwise_layer_are_not_lost() -> None:
+    def build(b: Builder, x: Any) -> Any:
+        x = b(op.nn.max_pool2d(b.relu(b.conv(x, 32)), (3, 3), (1, 1), (1, 1, 1, 1)))
+        return b.conv(b.relu(b.conv(x, 32, groups=32)), 16, 1)
+
+    mod = module(build, (1, 3, 40, 40))
+    first, *_ = layer_reports(lower(mod, always_sparse=False))
+    assert first.epilogue == "bias+relu+max3x3s1x1p1,1,1,1"
+    assert "chain" not in first.kernel
+    assert_same_results(mod, 1e-5)
+
+
 def test_a_depthwise_layer_behind_a_pooling_is_in_no_chain() -> None:
     def build(b: Builder, x: Any) -> Any:
         x = b(op.nn.max_pool2d(b.relu(b.conv(x, 32)), (2, 2), (2, 2)))
@@ -385,7 +446,7 @@ def test_the_saved_pooling_counts_when_a_kernel_is_chosen() -> None:
 
     plain, fused = (
         choose_conv(layers[0], weights, Epilogue(False, 0.0, pool=pool), machine_of(AVX512), tuned=Records())
-        for pool in (False, True)
+        for pool in (None, MaxPool())
     )
     assert isinstance(plain.kernel, ConvKernel)
     assert isinstance(fused.kernel, WinogradKernel)

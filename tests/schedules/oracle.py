@@ -42,10 +42,11 @@ def conv(work: ConvWorkload, data: Array, weight: Array, bias: Array, residual: 
     ]
     sums = np.concatenate(groups, axis=1) + bias.astype(np.float64)[:, None, None]
     out = apply_epilogue(sums, work.epilogue, residual)
-    if not work.epilogue.pool:
+    pool = work.epilogue.pool
+    if pool is None:
         return out
-    channels, height, width = work.out_channels, work.out_height, work.out_width
-    return max_pool(out, ConvWorkload(work.batch, channels, channels, height, width, (2, 2), (2, 2), groups=channels))
+    shape = (work.batch, work.out_channels, work.out_channels, work.out_height, work.out_width)
+    return max_pool(out, ConvWorkload(*shape, pool.kernel, pool.stride, pool.padding, groups=work.out_channels))
 
 
 def fc(data: Array, weight: Array, bias: Array, epilogue: Epilogue, residual: Array | None = None) -> Array:

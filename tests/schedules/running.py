@@ -96,5 +96,5 @@ def run_conv(
     arguments.append(bias)
     if residual is not None:
         arguments.append(residual.reshape(kernel_out))
-    out = call(compiler(func, target), arguments, kernel_out)
-    return out.reshape(out_shape), [data, weights, bias, residual]
+    out = call(compiler(func, target), arguments, work.stored_shape)
+    return out.reshape(original.stored_shape), [data, weights, bias, residual]

@@ -25,7 +25,7 @@ from tvm_nm.schedules.variants import (
     winograd_fits,
 )
 from tvm_nm.schedules.winograd import winograd_applies
-from tvm_nm.workload import ConvWorkload, Epilogue
+from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 
 AVX512, AVX2 = Machine(16, 32, 1), Machine(8, 16, 1)
 
@@ -85,11 +85,30 @@ def test_what_the_text_of_a_task_looks_like() -> None:
     assert str(plain.with_maxima.dense) == "conv 64x56x56->64 k3x3 bias+relu; dense; 1 thread"
 
 
-def test_only_winograd_kernels_take_maxima() -> None:
-    work = ConvWorkload(1, 64, 64, 14, 14, (3, 3), epilogue=Epilogue(False, 0.0, pool=True))
-    with pytest.raises(ValueError, match="only Winograd kernels take maxima"):
+def test_a_stem_with_maxima() -> None:
+    pool = MaxPool((3, 3), (2, 2), (1, 1, 1, 1))
+    work = ConvWorkload(1, 3, 64, 224, 224, (7, 7), (2, 2), (3,) * 4, epilogue=Epilogue(False, 0.0))
+    task = KernelTask("conv", work, 1).pooled(pool)
+    text = "conv 3x224x224->64 k7x7 s2x2 p3,3,3,3 bias+relu+max3x3s2x2p1,1,1,1; dense; 1 thread"
+    assert (str(task), parse_task(text)) == (text, task)
+    assert task is not None
+    assert task.workload.stored_shape == (1, 64, 56, 56)
+    assert task.macs == work.macs
+    assert task.dense == KernelTask("conv", work, 1)
+    assert KernelTask("conv", work, 1, IndexKind.CHANNEL, 16, 2).pooled(pool) is None
+    assert KernelTask("conv", replace(work, in_channels=32), 1).pooled(pool) is None
+    square = KernelTask("conv", ConvWorkload(1, 3, 64, 64, 64, (3, 3)), 1)
+    assert square.as_winograd.pooled(pool) is None
+    assert square.as_winograd.pooled(MaxPool()) == square.with_maxima
+    with pytest.raises(ValueError, match="no kernel takes"):
+        parse_task(text.replace("dense", "1x16 channel 2"))
+
+
+def test_only_some_kernels_take_maxima() -> None:
+    work = ConvWorkload(1, 64, 64, 14, 14, (3, 3), epilogue=Epilogue(False, 0.0, pool=MaxPool()))
+    with pytest.raises(ValueError, match="no kernel takes these maxima"):
         KernelTask("conv", work, 1)
-    with pytest.raises(ValueError, match="only Winograd kernels take maxima"):
+    with pytest.raises(ValueError, match="no kernel takes these maxima"):
         parse_task("conv 64x14x14->64 k3x3 bias+max2x2; dense; 1 thread")
     assert KernelTask("conv", work.unpooled, 1).with_maxima == KernelTask("conv", work, 1, winograd=True)
 
@@ -103,7 +122,7 @@ def test_only_winograd_kernels_take_maxima() -> None:
         "conv 64x56x56->64 k3x3 bias; winograd ; 1 thread",
         "conv 64x56x56->64 k3x3 bias; 1x16 channel 65; 1 thread",
         "conv 64x56x56->64 k3x3 bias+tanh; dense; 1 thread",
-        "conv 64x56x56->64 k3x3 bias+max3x3; dense; 1 thread",
+        "conv 64x56x56->64 k3x3 bias+max3; dense; 1 thread",
         "pool 64x56x56->64 k3x3 bias; dense; 1 thread",
     ],
 )

@@ -17,7 +17,7 @@ from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies, winograd_prim_func
 from tvm_nm.schedules.winograd_points import POINTS, transform_matrices, transform_weights
 from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidates, winograd_cycles
-from tvm_nm.workload import ConvWorkload, Epilogue
+from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 
 TARGETS = {"one thread": host_target(1), "two threads": host_target(2)}
 if "avx2" in host_flags():
@@ -27,7 +27,7 @@ EPILOGUES = [
     for residual in (False, True)
     for bounds in ((None, None), (0.0, None), (0.0, 6.0), (None, 1.0), (-0.5, 0.5))
 ]
-MAXIMA = [replace(epilogue, pool=True) for epilogue in EPILOGUES if not epilogue.residual]
+MAXIMA = [replace(epilogue, pool=MaxPool()) for epilogue in EPILOGUES if not epilogue.residual]
 PROPERTY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 # Of the largest output; 256 channels of normal data give about 3e-6.
 TOLERANCE = 2e-5
@@ -159,7 +159,7 @@ def test_maxima_are_those_of_what_would_be_stored(tile: int, size: int, staged: 
     work = ConvWorkload(2, 24, 40, size, size + 3, (3, 3), padding=(1, 1, 1, 1), epilogue=Epilogue(False, -0.3, 7.1))
     rows, columns = -(-size // tile), -(-(size + 3) // tile)
     plain = WinogradKernel(work, 16, tile, rows if staged else 2, columns, 2, 3, staged, 32, 11)
-    fused = replace(plain, workload=replace(work, epilogue=replace(work.epilogue, pool=True)))
+    fused = replace(plain, workload=replace(work, epilogue=replace(work.epilogue, pool=MaxPool())))
     stored, _ = run(plain, TARGETS["one thread"], *seeded(), draw=normal)
     out, _ = run(fused, TARGETS["one thread"], *seeded(), draw=normal)
     whole = stored[:, :, : size // 2 * 2, : (size + 3) // 2 * 2].reshape(2, 40, size // 2, 2, -1, 2)
@@ -169,7 +169,7 @@ def test_maxima_are_those_of_what_would_be_stored(tile: int, size: int, staged: 
 def test_rows_and_columns_that_maxima_drop_are_not_computed() -> None:
     work = ConvWorkload(1, 8, 8, 5, 9, (3, 3), padding=(1, 1, 1, 1))
     kernel = WinogradKernel(work, 16, 4, 1, 3, 1, 3, False)
-    fused = replace(kernel, workload=replace(work, epilogue=Epilogue(pool=True)))
+    fused = replace(kernel, workload=replace(work, epilogue=Epilogue(pool=MaxPool())))
     assert (kernel.tile_rows, kernel.tile_columns) == (2, 3)
     assert (fused.tile_rows, fused.tile_columns) == (1, 2)
     assert fused.workload.stored_shape == (1, 8, 2, 4)
@@ -180,7 +180,7 @@ def test_maxima_are_predicted_to_save_stores(threads: str) -> None:
     machine = machine_of(TARGETS[threads])
     work = ConvWorkload(1, 64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
     plain, fused = (
-        choose_winograd(replace(work, epilogue=Epilogue(False, 0.0, pool=pool)), machine) for pool in (False, True)
+        choose_winograd(replace(work, epilogue=Epilogue(False, 0.0, pool=pool)), machine) for pool in (None, MaxPool())
     )
     assert plain is not None
     assert fused is not None

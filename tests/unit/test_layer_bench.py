@@ -19,33 +19,52 @@ from tvm_nm.layer_times import LayerTime, mean_share_of_peak, pruned_layers
 from tvm_nm.reference_run import TensorSpec, random_inputs, run_onnx
 from tvm_nm.report import layer_times_table, to_text
 from tvm_nm.runtime import CompiledModel
-from tvm_nm.workload import ConvWorkload, Epilogue
+from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 
 BOUNDS = st.none() | st.floats(-8, 8).map(float)
 
 
-@given(st.sampled_from([(False, False), (True, False), (False, True)]), BOUNDS, BOUNDS)
+POOLS = (
+    MaxPool(),
+    MaxPool((3, 3), (2, 2), (1, 1, 0, 1)),
+    MaxPool((3, 2), (3, 2), (0, 0, 2, 1)),
+    MaxPool((5, 1), (1, 4)),
+)
+
+
+@given(st.sampled_from([(False, None), (True, None), *((False, pool) for pool in POOLS)]), BOUNDS, BOUNDS)
 def test_epilogues_are_read_as_they_are_written(
-    residual_or_pool: tuple[bool, bool], low: float | None, high: float | None
+    residual_or_pool: tuple[bool, MaxPool | None], low: float | None, high: float | None
 ) -> None:
     residual, pool = residual_or_pool
     epilogue = Epilogue(residual, low, high, pool)
     assert Epilogue.parse(str(epilogue)) == epilogue
 
 
-@pytest.mark.parametrize("text", ["", "relu", "bias+mul", "bias+relu+add", "bias+clip(1)", "bias+max2x2+relu"])
+@pytest.mark.parametrize(
+    "text", ["", "relu", "bias+mul", "bias+relu+add", "bias+clip(1)", "bias+max2x2+relu", "bias+max2", "bias+max2x2p1"]
+)
 def test_other_texts_are_no_epilogues(text: str) -> None:
     with pytest.raises(ValueError, match="is no epilogue"):
         Epilogue.parse(text)
 
 
+def test_windows_in_the_padding_alone_are_refused() -> None:
+    assert (str(MaxPool()), MaxPool.parse("max3x3s2x2p1,1,1,1")) == ("max2x2", MaxPool((3, 3), (2, 2), (1, 1, 1, 1)))
+    for text in ("bias+max2x2p0,2,0,0", "bias+max0x2", "bias+max2x2s0x1"):
+        with pytest.raises(ValueError, match=r"padding alone|must be positive"):
+            Epilogue.parse(text)
+    with pytest.raises(ValueError, match="no pooling"):
+        MaxPool.parse("max2")
+
+
 def test_maxima_and_a_residual_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="residual"):
-        Epilogue(True, pool=True)
+        Epilogue(True, pool=MaxPool())
     with pytest.raises(ValueError, match="residual"):
         Epilogue.parse("bias+add+max2x2")
-    with pytest.raises(ValueError, match="without a square"):
-        ConvWorkload(1, 3, 4, 1, 8, (1, 1), epilogue=Epilogue(pool=True))
+    with pytest.raises(ValueError, match="smaller than the pooling"):
+        ConvWorkload(1, 3, 4, 1, 8, (1, 1), epilogue=Epilogue(pool=MaxPool()))
 
 
 @pytest.mark.parametrize(
@@ -55,8 +74,9 @@ def test_maxima_and_a_residual_do_not_go_together() -> None:
         Epilogue(True, 0.0),
         Epilogue(False, -1.0, 0.5),
         Epilogue(True, None, 0.25),
-        Epilogue(False, 0.0, None, True),
-        Epilogue(False, None, 0.5, True),
+        Epilogue(False, 0.0, None, MaxPool()),
+        Epilogue(False, None, 0.5, MaxPool()),
+        Epilogue(False, 0.0, None, MaxPool((3, 3), (2, 2), (1, 0, 1, 2))),
     ],
     ids=str,
 )
@@ -73,8 +93,13 @@ def test_the_model_of_a_layer_has_its_epilogue(epilogue: Epilogue) -> None:
         else want
     )
     (got,) = run_onnx(full, inputs)
-    if epilogue.pool:
+    if epilogue.pool is not None and epilogue.pool.is_squares:
         bounded = bounded[:, :, :4, :4].reshape(1, 4, 2, 2, 2, 2).max(axis=(3, 5))
+    elif epilogue.pool is not None:
+        rows, columns = ((0, 2), (1, 4), (3, 5)), ((0, 3), (2, 5), (4, 5))  # what windows have within the map
+        bounded = np.stack(
+            [np.stack([bounded[:, :, a:b, c:d].max(axis=(2, 3)) for c, d in columns], axis=-1) for a, b in rows], axis=2
+        )
     np.testing.assert_allclose(got, bounded, rtol=1e-6)
 
 

@@ -30,6 +30,7 @@ from tvm import s_tir
 from tvm_nm.errors import TuningError
 from tvm_nm.schedules.apply import apply_template
 from tvm_nm.schedules.chain import ChainKernel
+from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, KernelTask, parse_task
 from tvm_nm.schedules.machine import Machine, machine_of
 from tvm_nm.schedules.tensor_intrin_stub import skip_tensor_intrinsics
@@ -164,6 +165,8 @@ class TrialTable:
             for other in self.trials
             if (other.kind, other.winograd) == (task.kind, task.winograd)
             if other.workload != work and replace(other.workload, epilogue=work.epilogue) == work
+            # Only dense kernels take maxima, but for Winograd's.
+            if other.workload.epilogue.pool is None or task.winograd or task.index is IndexKind.NONE
         }
         candidates = list(others.values())
         for answer in (self.measured, self._between_densities):

@@ -23,8 +23,8 @@ from tvm_nm.schedules.fc import choose_fc_kernel
 from tvm_nm.schedules.kernel_task import ChainLinks, KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import kept_per_block_row
-from tvm_nm.schedules.variants import winograd_fits
-from tvm_nm.workload import ConvWorkload
+from tvm_nm.schedules.variants import pooled_task, winograd_fits
+from tvm_nm.workload import ConvWorkload, MaxPool
 
 __all__ = ["ModelTask", "conv_workloads", "layer_task", "model_tasks", "with_winograd"]
 
@@ -211,17 +211,19 @@ def _layer_tasks(
     if own is not None:
         tasks.append(own)
     tasks += [layer_task(work, machine.threads, pattern, density) for pattern, density in wanted]
-    return list(dict.fromkeys(with_winograd(tasks, machine, maxima=fused.epilogue.pool)))
+    return list(dict.fromkeys(with_winograd(tasks, machine, pool=fused.epilogue.pool)))
 
 
-def with_winograd(tasks: Iterable[KernelTask], machine: Machine, *, maxima: bool = False) -> list[KernelTask]:
+def with_winograd(tasks: Iterable[KernelTask], machine: Machine, *, pool: MaxPool | None = None) -> list[KernelTask]:
     """Return direct tasks, each followed by the same layer by Winograd's algorithm where there are kernels for it.
 
-    With `maxima`, Winograd kernels take those of 2x2 pixels.
+    With `pool`, those by kernels that take it as well; Winograd's take maxima of 2x2 pixels.
     """
     found = []
     for task in tasks:
         found.append(task)
+        if pool is not None and (pooled := pooled_task(task, pool, machine)) is not None:
+            found.append(pooled)
         if winograd_fits(task, machine):
-            found.append(task.with_maxima if maxima else task.as_winograd)
+            found.append(task.with_maxima if pool is not None and pool.is_squares else task.as_winograd)
     return found

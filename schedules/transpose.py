@@ -26,7 +26,7 @@ def transpose_intrinsic(lanes: int, *shape: int, to_rows: bool = True) -> str | 
     """Register and name the intrinsic of `target[lane, *pixel] = source[*pixel, lane]`, float32, both contiguous.
 
     With `to_rows` false it is the opposite, `target[*pixel, lane] = source[lane, *pixel]`; the source may have a single
-    row of pixels, whose axis the target lacks.
+    row of pixels, whose axis the target lacks, at any distance from channel to channel.
 
     Returns None where there are fewer pixels than lanes, or an axis of one pixel, which tensorize cannot match.
     """
@@ -49,7 +49,9 @@ def _function(lanes: int, shape: tuple[int, ...], body: Callable[[Any, Any, bool
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("transpose")
         shapes = (vectors, rows) if to_rows else (rows, vectors)
-        source = T.match_buffer(T.arg("source", T.handle()), shapes[0], "float32", offset_factor=1)
+        # A single row of pixels of each channel may be part of a plane.
+        strides = [T.int32(), T.int32(), 1] if not to_rows and len(shape) == 2 and shape[0] == 1 else None
+        source = T.match_buffer(T.arg("source", T.handle()), shapes[0], "float32", strides=strides, offset_factor=1)
         target = T.match_buffer(T.arg("target", T.handle()), shapes[1], "float32", offset_factor=1)
         with T.sblock("root"):
             T.reads(source[tuple(slice(0, extent) for extent in shapes[0])])

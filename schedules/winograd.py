@@ -21,9 +21,9 @@ import tvm
 from tvm import te, tirx
 
 from tvm_nm.schedules.conv_arguments import ConvArguments
-from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.packing import PackedWeights
-from tvm_nm.schedules.winograd_points import combine_columns, combine_rows, transform_matrices, transform_weights
+from tvm_nm.schedules.winograd_output import in_parts, winograd_output
+from tvm_nm.schedules.winograd_points import combine_rows, transform_matrices, transform_weights
 from tvm_nm.workload import ConvWorkload
 
 __all__ = [
@@ -111,6 +111,11 @@ class WinogradKernel:
     def _wanted(self, pixels: int) -> int:
         """Return how many output rows or columns are needed: maxima leave an odd last one out."""
         return pixels - pixels % 2 if self.workload.epilogue.pool else pixels
+
+    @property
+    def stored_tile(self) -> int:
+        """Rows and columns of a tile that are stored."""
+        return self.tile // 2 if self.workload.epilogue.pool else self.tile
 
     @property
     def row_chunks(self) -> int:
@@ -227,46 +232,63 @@ def winograd_prim_func(kernel: WinogradKernel) -> tvm.tirx.PrimFunc:
     """
     arguments = ConvArguments.of(kernel.workload, kernel.weight_shape, kernel.index_shape, kernel.index_dtype)
     frequencies = _input_transform(kernel, _channel_vectors(kernel, arguments.data))
-    tiles = _output_transform(kernel, _products(kernel, frequencies, arguments.weight, arguments.index))
-    if kernel.workload.epilogue.pool:
-        tiles = _maxima(kernel, tiles)
-    return arguments.func(_store(kernel, tiles, arguments.bias, arguments.residual))
+    sums = _products(kernel, frequencies, arguments.weight, arguments.index)
+    return arguments.func(winograd_output(kernel, sums, arguments.bias, arguments.residual))
 
 
 def _channel_vectors(kernel: WinogradKernel, data: te.Tensor) -> te.Tensor:
-    """Return the padded input as vectors of channels: (batch, IC / lanes, row, column, lane)."""
+    """Return each chunk's padded input as vectors of channels.
+
+    Its shape is (batch, chunk row, chunk column, IC / lanes, row, column, lane). Where the map has rows of at least a
+    vector, those of a chunk are turned to vectors first, as many pixels of each as it needs at most.
+    """
     work, lanes, tile = kernel.workload, kernel.lanes, kernel.tile
     top, left, _, _ = work.padding
+    down, across = kernel.chunk_rows * tile, kernel.chunk_columns * tile
+    outer = (work.batch, kernel.row_chunks, kernel.column_chunks, kernel.ic_vectors, down + 2)
+    width = min(work.width, across + 2)
 
-    def element(n: Any, block: Any, row: Any, column: Any, lane: Any) -> Any:
-        y, x, c = row - top, column - left, block * lanes + lane
+    def first(cx: Any) -> Any:
+        return tirx.max(tirx.min(cx * across - left, work.width - width), 0)
+
+    def turned(n: Any, cy: Any, cx: Any, block: Any, row: Any, column: Any, lane: Any) -> Any:
+        y = tirx.max(tirx.min(cy * down + row - top, work.height - 1), 0)
+        return data[n, block * lanes + lane, y, first(cx) + column]
+
+    whole = width >= lanes and work.in_channels % lanes == 0
+    rows = te.compute((*outer, width, lanes), turned, name="rows") if whole else None
+
+    def element(n: Any, cy: Any, cx: Any, block: Any, row: Any, column: Any, lane: Any) -> Any:
+        y, x, c = cy * down + row - top, cx * across + column - left, block * lanes + lane
         inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
         if work.in_channels % lanes:
             inside = tirx.all(c < work.in_channels, inside)
-        return tirx.if_then_else(inside, data[n, c, y, x], tirx.const(0.0, "float32"))
+        if rows is None:
+            value = data[n, c, y, x]
+        else:
+            # A remainder tells TVM's region analysis that it may be any pixel of the row.
+            at = tirx.indexmod(x - first(cx), 1 << (width - 1).bit_length())
+            value = rows[n, cy, cx, block, row, at, lane]
+        return tirx.if_then_else(inside, value, tirx.const(0.0, "float32"))
 
-    rows = kernel.row_chunks * kernel.chunk_rows * tile + 2
-    columns = kernel.column_chunks * kernel.chunk_columns * tile + 2
-    return te.compute((work.batch, kernel.ic_vectors, rows, columns, lanes), element, name="pixels")
+    return te.compute((*outer, across + 2, lanes), element, name="pixels")
 
 
 def _input_transform(kernel: WinogradKernel, pixels: te.Tensor) -> te.Tensor:
     """Return `B^T d B` of every tile: (batch, chunk row, chunk column, i, j, tile, channel)."""
     work, size, tile, lanes = kernel.workload, kernel.size, kernel.tile, kernel.lanes
     matrix = transform_matrices(tile)[2]
-    rows, columns, tiles = kernel.chunk_rows, kernel.chunk_columns, kernel.chunk_tiles
+    columns, tiles = kernel.chunk_columns, kernel.chunk_tiles
 
     def by_rows(n: Any, cy: Any, cx: Any, t: Any, i: Any, b: Any, block: Any, lane: Any) -> Any:
-        y = (cy * rows + tirx.indexdiv(t, columns)) * tile
-        x = (cx * columns + tirx.indexmod(t, columns)) * tile
-        return combine_rows(matrix, i, lambda a: pixels[n, block, y + a, x + b, lane])
+        y, x = tirx.indexdiv(t, columns) * tile, tirx.indexmod(t, columns) * tile
+        return combine_rows(matrix, i, lambda a: pixels[n, cy, cx, block, y + a, x + b, lane])
 
     outer = (work.batch, kernel.row_chunks, kernel.column_chunks)
-    shape = (*outer, tiles, size, size, kernel.ic_vectors, lanes)
-    half = te.compute(shape, by_rows, name="input_rows")
+    half = in_parts((*outer, tiles, size, size, kernel.ic_vectors, lanes), 5, by_rows, "input_rows")
 
     def by_columns(n: Any, cy: Any, cx: Any, i: Any, j: Any, t: Any, block: Any, lane: Any) -> Any:
-        return combine_rows(matrix, j, lambda b: half[n, cy, cx, t, i, b, block, lane])
+        return combine_rows(matrix, j, lambda b: half(n, cy, cx, t, i, b, block, lane))
 
     return te.compute((*outer, size, size, tiles, kernel.ic_vectors, lanes), by_columns, name="frequencies")
 
@@ -301,76 +323,9 @@ def _products(kernel: WinogradKernel, frequencies: te.Tensor, weight: te.Tensor,
     )
     attrs = {
         "schedule_rule": WINOGRAD_RULE,
-        "tvm_nm_tile": kernel.tile,
         "tvm_nm_chunk_rows": kernel.chunk_rows,
         "tvm_nm_chunk_columns": kernel.chunk_columns,
         "tvm_nm_tiles_per_step": kernel.tiles_per_step,
         "tvm_nm_staged": int(kernel.staged),
     }
     return te.compute(shape, product, name="sums", attrs=attrs)
-
-
-def _output_transform(kernel: WinogradKernel, sums: te.Tensor) -> te.Tensor:
-    """Return `A^T s A`: (batch, chunk row, chunk column, block, vector, tile row, p, tile column, q, lane)."""
-    work, size, tile, lanes = kernel.workload, kernel.size, kernel.tile, kernel.lanes
-    matrix = transform_matrices(tile)[0]
-    columns = kernel.chunk_columns
-    outer = (work.batch, kernel.row_chunks, kernel.column_chunks, kernel.oc_blocks, kernel.oc_vectors)
-
-    def by_rows(n: Any, cy: Any, cx: Any, block: Any, vector: Any, t: Any, p: Any, j: Any, lane: Any) -> Any:
-        return combine_columns(matrix, p, lambda i: sums[n, cy, cx, block, i, j, t, vector, lane])
-
-    half = te.compute((*outer, kernel.chunk_tiles, tile, size, lanes), by_rows, name="output_rows")
-
-    def by_columns(
-        n: Any, cy: Any, cx: Any, block: Any, vector: Any, ty: Any, p: Any, tx: Any, q: Any, lane: Any
-    ) -> Any:
-        t = ty * columns + tx
-        return combine_columns(matrix, q, lambda j: half[n, cy, cx, block, vector, t, p, j, lane])
-
-    return te.compute((*outer, kernel.chunk_rows, tile, columns, tile, lanes), by_columns, name="tiles")
-
-
-def _maxima(kernel: WinogradKernel, tiles: te.Tensor) -> te.Tensor:
-    """Return the largest of each square of 2x2 pixels of a tile: as the tiles, with half as many rows and columns.
-
-    Bias and activation grow with what they are applied to, also when rounded: they give the same after the maxima.
-    """
-    *outer, rows, _, columns, _, lanes = tiles.shape
-
-    def largest(*at: Any) -> Any:
-        *chunk, ty, p, tx, q, lane = at
-        places = [(*chunk, ty, 2 * p + a, tx, 2 * q + b, lane) for a in (0, 1) for b in (0, 1)]
-        one, two, three, four = (tiles[place] for place in places)
-        return tirx.max(tirx.max(one, two), tirx.max(three, four))
-
-    half = kernel.tile // 2
-    return te.compute((*outer, rows, half, columns, half, lanes), largest, name="maxima")
-
-
-def _store(kernel: WinogradKernel, tiles: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:
-    work, lanes, columns = kernel.workload, kernel.lanes, kernel.chunk_columns
-    tile = kernel.tile // 2 if work.epilogue.pool else kernel.tile
-    rows_of_chunk, columns_of_chunk = kernel.chunk_rows * tile, columns * tile
-    per_block = kernel.oc_vectors * lanes
-
-    def element(n: Any, oc: Any, y: Any, x: Any) -> Any:
-        in_rows, in_columns = tirx.indexmod(y, rows_of_chunk), tirx.indexmod(x, columns_of_chunk)
-        value = tiles[
-            n,
-            tirx.indexdiv(y, rows_of_chunk),
-            tirx.indexdiv(x, columns_of_chunk),
-            tirx.indexdiv(oc, per_block),
-            tirx.indexdiv(tirx.indexmod(oc, per_block), lanes),
-            tirx.indexdiv(in_rows, tile),
-            tirx.indexmod(in_rows, tile),
-            tirx.indexdiv(in_columns, tile),
-            tirx.indexmod(in_columns, tile),
-            tirx.indexmod(oc, lanes),
-        ]
-        value = value + bias[oc]
-        if residual is not None:
-            value = value + residual[n, oc, y, x]
-        return activate(value, work.epilogue)
-
-    return te.compute(work.stored_shape, element, name="out")

@@ -4,7 +4,9 @@ Loop nest after scheduling (default decisions on AVX-512: register tile of 7 til
 
     parallel n, chunk row, chunk column              # one task: a chunk of tiles
       for vector of input channels
-        pixels = data                                # vectors of channels, zeros around
+        for row of pixels
+          rows = data                                # vectors of channels: 16 loads, 64 shuffles, 16 stores a square
+          pixels = rows                              # zeros around
         for tile                                     # 36 loads, 12 transforms of 6 values, 36 stores
           frequencies[6][6][tile] = B^T pixels B
       for block of output channels
@@ -15,12 +17,15 @@ Loop nest after scheduling (default decisions on AVX-512: register tile of 7 til
               acc += frequencies * weight
             sums[i][j] = acc
         for vector of output channels
-          for tile                                   # 36 loads, 10 transforms of 6 values, 16 stores
+          for tile                                   # 36 loads, 10 transforms of 6 values, 16 stores (4 maxima)
             tiles = A^T sums A
           for row, column, channel                   # bias, residual, activation, crop
             out = ...
 
 A *staged* kernel has one chunk, and the three stages (input, products, output) are parallel loops of their own.
+
+No buffer has the scope "local", which TVM would allocate on a heap: LLVM then takes what a register tile was stored to
+for something that others may read, keeps it to the function's end, and spills what the loops in between need.
 
 Decision: tiles of the register tile.
 """
@@ -33,6 +38,7 @@ import tvm_ffi
 from tvm import s_tir
 
 from tvm_nm.schedules.decisions import choose
+from tvm_nm.schedules.transpose import transpose_intrinsic
 from tvm_nm.schedules.weight_stream import PASSES, STREAM
 from tvm_nm.schedules.winograd import WINOGRAD_RULE
 
@@ -50,23 +56,16 @@ def _producer(sch: s_tir.Schedule, block: Any, name: str) -> Any:
 def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     """Schedule the convolution whose matrix products are block `sums`."""
     annotations = sch.get(sums).annotations
-    tile, chunk_rows, chunk_columns, default_tiles, staged = (
-        int(annotations[f"tvm_nm_{name}"])
-        for name in ("tile", "chunk_rows", "chunk_columns", "tiles_per_step", "staged")
+    chunk_rows, chunk_columns, default_tiles, staged = (
+        int(annotations[f"tvm_nm_{name}"]) for name in ("chunk_rows", "chunk_columns", "tiles_per_step", "staged")
     )
     frequencies = _producer(sch, sums, "frequencies")
-    input_rows = _producer(sch, frequencies, "input_rows")
-    pixels = _producer(sch, input_rows, "pixels")
-    output_rows = sch.get_consumers(sums)[0]
-    tiles = sch.get_consumers(output_rows)[0]
-    # What is stored: the tiles, or the maxima of their squares of 2x2 pixels.
-    stored = out = sch.get_consumers(tiles)[0]
-    maxima = sch.get(out).name_hint == "maxima"
-    if maxima:
-        out = sch.get_consumers(out)[0]
-    else:
-        stored = tiles
-    pixels_of_tile = tile // 2 if maxima else tile
+    input_rows = sch.get_producers(frequencies)
+    pixels = _producer(sch, input_rows[0], "pixels")
+    output_rows = sch.get_consumers(sums)
+    tiles = sch.get_consumers(output_rows[0])[0]
+    out = sch.get_consumers(tiles)[0]
+    pixels_of_tile = int(sch.get(sch.get_loops(tiles)[-2]).extent)
     lanes, oc_vectors = (int(sch.get(sch.get_loops(sums)[axis]).extent) for axis in (8, 7))
 
     n, oc, y, x = sch.get_loops(out)
@@ -83,23 +82,18 @@ def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
         sch.parallel(task)
 
     # output transform
-    sch.compute_at(stored, sch.get_loops(out)[0] if staged else vector, preserve_unit_loops=True)
-    ty, p, tx, q, tlane = sch.get_loops(stored)[-5:]
+    sch.compute_at(tiles, sch.get_loops(out)[0] if staged else vector, preserve_unit_loops=True)
+    ty, p, tx, q, tlane = sch.get_loops(tiles)[-5:]
     sch.reorder(ty, tx, p, q, tlane)
-    _register_block(sch, stored, [p, q], tlane)
-    if maxima:
-        sch.compute_at(tiles, tx, preserve_unit_loops=True)
-        sch.set_scope(tiles, 0, "local")
-        _, p, _, q, tlane = sch.get_loops(tiles)[-5:]
-        _register_block(sch, tiles, [p, q], tlane)
-    sch.compute_at(output_rows, tx, preserve_unit_loops=True)
-    rp, rj, rlane = sch.get_loops(output_rows)[-3:]
-    sch.set_scope(output_rows, 0, "local")
-    sch.reorder(rj, rp, rlane)
-    _register_block(sch, output_rows, [rj, rp], rlane)
+    _register_block(sch, tiles, [p, q], tlane)
+    for part in output_rows:
+        sch.compute_at(part, tx, preserve_unit_loops=True)
+        rp, rj, rlane = sch.get_loops(part)[-3:]
+        sch.reorder(rj, rp, rlane)
+        _register_block(sch, part, [rj, rp], rlane)
 
     # products
-    flush = sch.cache_write(sums, 0, "local")
+    flush = sch.cache_write(sums, 0, "global")
     if staged:
         fn, fy, fx, fb, fi, fj, ft, fv, fl = sch.get_loops(flush)
         sch.reorder(fn, fy, fx, fb, fi, fj)
@@ -134,16 +128,25 @@ def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     if task is None:
         sch.parallel(sch.fuse(fn, fcy, fcx, fblock))
     ty, tx = sch.split(t, [chunk_rows, chunk_columns])
-    sch.compute_at(input_rows, tx, preserve_unit_loops=True)
-    sch.set_scope(input_rows, 0, "local")
     _register_block(sch, frequencies, [i, j], flane)
-    ri, rb, _, rlane = sch.get_loops(input_rows)[-4:]
-    sch.reorder(rb, ri, rlane)
-    _register_block(sch, input_rows, [rb, ri], rlane)
+    for part in input_rows:
+        sch.compute_at(part, tx, preserve_unit_loops=True)
+        ri, rb, _, rlane = sch.get_loops(part)[-4:]
+        sch.reorder(rb, ri, rlane)
+        _register_block(sch, part, [rb, ri], rlane)
     where = sch.get_loops(frequencies)[0] if task is None else fblock
     sch.compute_at(pixels, where, preserve_unit_loops=True)
-    sch.vectorize(sch.get_loops(pixels)[-1])
+    *_, row, _, plane = sch.get_loops(pixels)
+    sch.vectorize(plane)
+    rows = sch.get_producers(pixels)
+    if rows:
+        sch.compute_at(rows[0], row, preserve_unit_loops=True)
     sch.storage_align(frequencies, 0, 4, _ALIGN, 16)
+    if rows:  # pixels of 16 channels become vectors of channels by shuffles
+        column = sch.get_loops(rows[0])[-2]
+        intrinsic = transpose_intrinsic(lanes, 1, int(sch.get(column).extent), to_rows=False)
+        assert intrinsic is not None
+        sch.tensorize(column, intrinsic)
     return [sch]
 
 

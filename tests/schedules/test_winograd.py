@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+import tvm_ffi
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import conv
 from running import build, call, haswell, host_flags, integers
+from tvm import s_tir
 
 from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies, winograd_prim_func
@@ -40,7 +42,7 @@ def workloads(draw: st.DrawFn) -> ConvWorkload:
     size = st.one_of(st.integers(1, 20), st.sampled_from([14, 28, 33]))
     work = ConvWorkload(
         draw(st.sampled_from([1, 1, 2, 3])),
-        draw(st.sampled_from([1, 3, 7, 8, 16, 20, 33])),
+        draw(st.sampled_from([1, 3, 7, 8, 16, 16, 20, 32, 33])),
         draw(st.sampled_from([1, 2, 7, 8, 16, 24, 33, 64, 70])),
         max(draw(size), 3 - padding[0] - padding[2]),
         max(draw(size), 3 - padding[1] - padding[3]),
@@ -164,6 +166,34 @@ def test_maxima_are_those_of_what_would_be_stored(tile: int, size: int, staged: 
     out, _ = run(fused, TARGETS["one thread"], *seeded(), draw=normal)
     whole = stored[:, :, : size // 2 * 2, : (size + 3) // 2 * 2].reshape(2, 40, size // 2, 2, -1, 2)
     np.testing.assert_array_equal(out, whole.max(axis=(3, 5)))
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 3, 2, 0), (3, 0, 0, 2)])
+@pytest.mark.parametrize("columns", [11, 4])
+def test_chunks_that_turn_their_rows(columns: int, padding: tuple[int, int, int, int], target: str) -> None:
+    """Chunks begin and end within a row, at the map's border and in what lies around it."""
+    work = ConvWorkload(2, 32, 20, 9, 42, (3, 3), padding=padding, epilogue=Epilogue(False, 0.0))
+    lanes = machine_of(TARGETS[target]).lanes
+    func = winograd_prim_func(kernel := WinogradKernel(work, lanes, 4, 2, columns, 1, 5, False))
+    assert "rows" in {block.name_hint for block in blocks_of(func)}
+    check(kernel, target, 3)
+
+
+def blocks_of(func: tvm.tirx.PrimFunc) -> list[Any]:
+    found: list[Any] = []
+    tvm_ffi.structural_walk(func.body, ((s_tir.SBlock, found.append),))
+    return found
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_only_what_is_between_the_stages_is_on_a_heap(target: str) -> None:
+    """A register tile on a heap would be kept, and spilled, throughout the loops around it."""
+    work = ConvWorkload(1, 32, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1))
+    lanes = machine_of(TARGETS[target]).lanes
+    kernel = WinogradKernel(work, lanes, 4, 2, 7, 1, 14 if lanes == 16 else 7, False)
+    code = build(winograd_prim_func(kernel), TARGETS[target]).mod.inspect_source("ll")
+    assert code.count("load ptr, ptr @__TVMBackendAllocWorkspace") <= 3
 
 
 def test_rows_and_columns_that_maxima_drop_are_not_computed() -> None:

@@ -48,6 +48,7 @@ from tvm_nm.schedules.chain_loops import (
     load,
     most_of,
     one_group,
+    registers,
     splat,
     store_vector,
     tiles,
@@ -284,9 +285,9 @@ class _Code:
         bias = T.Bind(load(self._buffers["depthwise_bias"], vector * lanes, lanes))
 
         def tile(row: Any, column: Any, rows: int, columns: int) -> None:
-            sums = T.alloc_buffer((rows * columns * lanes,), "float32", scope="local")
-            for p in range(rows * columns):
-                store_vector(sums, p * lanes, bias, lanes)
+            sums = registers(rows * columns, lanes)
+            for register in sums:
+                store_vector(register, 0, bias, lanes)
             for y in range((rows - 1) * sy + kh):
                 for x in range((columns - 1) * sx + kw):
                     readers = [
@@ -300,9 +301,9 @@ class _Code:
                     at = start + ((row * sy + y) * kernel.pitch + column * sx + x) * lanes
                     value = T.Bind(load(padded, at, lanes))
                     for pixel, tap in readers:
-                        add_to(sums, pixel, weights[tap] * value, lanes)
+                        add_to(sums[pixel], weights[tap] * value, lanes)
             for p in range(rows * columns):
-                value = activated(load(sums, p * lanes, lanes), work.epilogue, lanes)
+                value = activated(load(sums[p], 0, lanes), work.epilogue, lanes)
                 at = target + ((row + p // columns) * work.out_width + column + p % columns) * lanes
                 store_vector(hidden, at, value, lanes)
 
@@ -349,11 +350,11 @@ class _Code:
         """Sum a register tile of `count` vectors of channels, from vector `start`, over the inputs that it keeps."""
         lanes, kept = self._lanes, mixing.kept or work.in_channels
         weights, bias, index = (self._buffers.get(f"{name}{what}") for what in ("", "_bias", "_index"))
-        sums = T.alloc_buffer((pixels * count * lanes,), "float32", scope="local")
+        sums = registers(pixels * count, lanes)
         for j in range(count):
             value = T.Bind(load(bias, (start + j) * lanes, lanes))
             for p in range(pixels):
-                store_vector(sums, (p * count + j) * lanes, value, lanes)
+                store_vector(sums[p * count + j], 0, value, lanes)
         row = tirx.indexdiv(start * lanes, mixing.block) if mixing.block else 0
         ahead = 4 * work.out_channels * kept * work.taps >= _STREAMED_BYTES
         with T.serial(0, kept) as position:
@@ -368,7 +369,7 @@ class _Code:
                 for p, scalar in enumerate(inputs(channel, *divmod(tap, work.kernel[1]))):
                     value = T.Bind(tirx.Broadcast(scalar, lanes))
                     for j in range(count):
-                        add_to(sums, p * count + j, vectors[j] * value, lanes)
+                        add_to(sums[p * count + j], vectors[j] * value, lanes)
         for j in range(count):
             for p in range(pixels):
-                store(j, p, load(sums, (p * count + j) * lanes, lanes))
+                store(j, p, load(sums[p * count + j], 0, lanes))

@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "most_of",
     "one_group",
+    "registers",
     "splat",
     "store_vector",
     "tiles",
@@ -148,9 +149,18 @@ def store_vector(buffer: Any, at: Any, value: Any, lanes: int) -> None:
     T.buffer_store(buffer, value, [tirx.Ramp(at, 1, lanes)])
 
 
-def add_to(sums: Any, register: int, product: Any, lanes: int) -> None:
-    """Add a product to a sum."""
-    store_vector(sums, register * lanes, load(sums, register * lanes, lanes) + product, lanes)
+def registers(count: int, lanes: int) -> list[Any]:
+    """Return buffers of a vector each that LLVM keeps in registers.
+
+    TVM puts them on the stack, being small and of scope `global`. Others are workspace, where LLVM writes the sums back
+    only when the loops of a task end: until then nothing else gets their registers.
+    """
+    return [T.alloc_buffer((lanes,), "float32") for _ in range(count)]
+
+
+def add_to(register: Any, product: Any, lanes: int) -> None:
+    """Add a product to the sum in a register."""
+    store_vector(register, 0, load(register, 0, lanes) + product, lanes)
 
 
 def activated(value: Any, epilogue: Epilogue, lanes: int) -> Any:

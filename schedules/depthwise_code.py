@@ -39,6 +39,7 @@ from tvm_nm.schedules.chain_loops import (
     least,
     load,
     most_of,
+    registers,
     store_vector,
 )
 from tvm_nm.schedules.conv_arguments import conv_argument_shapes
@@ -187,9 +188,9 @@ class _Code:
     ) -> None:
         """Compute some pixels of a row, over `steps` rows of the window from the `first`."""
         work, lanes, width = self._work, self._lanes, self._work.kernel[1]
-        registers = T.alloc_buffer((count * lanes,), "float32", scope="local")
-        for p in range(count):
-            store_vector(registers, p * lanes, bias, lanes)
+        acc = registers(count, lanes)
+        for register in acc:
+            store_vector(register, 0, bias, lanes)
         left = x * work.stride[1] - work.padding[1]
         readers: dict[int, list[tuple[int, int]]] = {}
         for p in range(count):
@@ -205,9 +206,9 @@ class _Code:
                 if inner or 0 <= left + offset < work.width:
                     value = T.Bind(load(ring, row + (left + offset) * lanes, lanes))
                     for p, kx in readers[offset]:
-                        add_to(registers, p, taps[kx] * value, lanes)
+                        add_to(acc[p], taps[kx] * value, lanes)
         for p in range(count):
-            store_vector(sums, to + (x + p) * lanes, load(registers, p * lanes, lanes), lanes)
+            store_vector(sums, to + (x + p) * lanes, load(acc[p], 0, lanes), lanes)
 
 
 def _within_image(channel: Any, work: Any) -> Any:

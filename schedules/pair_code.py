@@ -31,7 +31,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
-from tvm_nm.schedules.chain_loops import activated, add_to, divided, flat_function, load, store_vector
+from tvm_nm.schedules.chain_loops import activated, add_to, divided, flat_function, load, registers, store_vector
 from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.schedules.pair_conv import PairConvKernel
@@ -185,27 +185,27 @@ class _Code:
         weights = T.Bind(row * (2 * kept))
         entries = T.Bind(row * (1 + 2 * kept))
         carried = T.Bind(p * (2 * vectors * lanes))
-        sums = T.alloc_buffer((2 * vectors * lanes,), "float32", scope="local")
+        sums = registers(2 * vectors, lanes)
 
         def begin_with_bias() -> None:
             for channel in range(2):
                 value = T.Bind(tirx.Broadcast(bias[pair * 2 + channel], lanes))
                 for v in range(vectors):
-                    store_vector(sums, (channel * vectors + v) * lanes, value, lanes)
+                    store_vector(sums[channel * vectors + v], 0, value, lanes)
 
         def begin_with_carried() -> None:
-            for v in range(2 * vectors):
-                store_vector(sums, v * lanes, load(scratch, carried + v * lanes, lanes), lanes)
+            for v, register in enumerate(sums):
+                store_vector(register, 0, load(scratch, carried + v * lanes, lanes), lanes)
 
         def carry() -> None:
-            for v in range(2 * vectors):
-                store_vector(scratch, carried + v * lanes, load(sums, v * lanes, lanes), lanes)
+            for v, register in enumerate(sums):
+                store_vector(scratch, carried + v * lanes, load(register, 0, lanes), lanes)
 
         def finish() -> None:
             for channel in range(2):
                 at = T.Bind(self._output(image, pair * 2 + channel, start))
                 for v in range(vectors):
-                    self._store(load(sums, (channel * vectors + v) * lanes, lanes), at + min(v * lanes, pixels - lanes))
+                    self._store(load(sums[channel * vectors + v], 0, lanes), at + min(v * lanes, pixels - lanes))
 
         last = block == kernel.blocks - 1
         _either(kernel.blocks > 1, block == 0, begin_with_bias, begin_with_carried)
@@ -221,14 +221,14 @@ class _Code:
             for v in range(vectors):
                 value = T.Bind(load(inputs, at + v * lanes, lanes))
                 for channel in range(2):
-                    add_to(sums, channel * vectors + v, both[channel] * value, lanes)
+                    add_to(sums[channel * vectors + v], both[channel] * value, lanes)
         with T.serial(0, kept - shared) as i:
             entry = T.Bind(shared + i)
             for channel in range(2):
                 at = T.Bind(index[entries + 1 + 2 * entry + channel].astype("int32") * (vectors * lanes))
                 scale = T.Bind(tirx.Broadcast(weight[weights + 2 * entry + channel], lanes))
                 for v in range(vectors):
-                    add_to(sums, channel * vectors + v, scale * load(inputs, at + v * lanes, lanes), lanes)
+                    add_to(sums[channel * vectors + v], scale * load(inputs, at + v * lanes, lanes), lanes)
         _either(kernel.blocks > 1, last, finish, carry)
 
     def _output(self, image: Any, channel: Any, start: Any) -> Any:

@@ -41,6 +41,7 @@ from tvm_nm.schedules.chain_loops import (
     least,
     load,
     most_of,
+    registers,
     splat,
     store_vector,
 )
@@ -175,9 +176,8 @@ class _Code:
             column = tile * columns
             if work.out_width % columns:
                 column = least(work.out_width - columns, column)
-            # Each on the stack, being small and global: workspace would be kept in registers until the task ends.
-            registers = [T.alloc_buffer((lanes,), "float32") for _ in range(columns * vectors)]
-            for number, register in enumerate(registers):
+            acc = registers(columns * vectors, lanes)
+            for number, register in enumerate(acc):
                 store_vector(register, 0, bias[number % vectors], lanes)
             window = T.Bind(row * (work.stride[0] * kernel.in_row) + column * work.stride[1])
             with T.serial(0, kernel.steps) as step:
@@ -191,8 +191,8 @@ class _Code:
                 for p in range(columns):
                     value = T.Bind(tirx.Broadcast(source[at + p * work.stride[1]], lanes))
                     for v in range(vectors):
-                        add_to(registers[p * vectors + v], 0, taps[v] * value, lanes)
-            for number, register in enumerate(registers):
+                        add_to(acc[p * vectors + v], taps[v] * value, lanes)
+            for number, register in enumerate(acc):
                 p, v = divmod(number, vectors)
                 store_vector(sums, v * self._plane + to + (column + p) * lanes, load(register, 0, lanes), lanes)
 

@@ -54,8 +54,19 @@ def _schedule(sch: s_tir.Schedule, sums: Any, *, lane_select: bool) -> list[s_ti
     n, oc, y, x = sch.get_loops(out)
     per_group = int(sch.get(oc).extent) // groups
     if per_group % block == 0:
-        group, in_group = sch.split(oc, [groups, None])
-        row, tile, _ = sch.split(in_group, [block_rows, tiles, None])
+        if min(groups, block_rows, tiles) > 1:
+            # compute_at would derive the row from the fused loop as `t // 2 - t // 4 * 2`, not `t % 4 // 2`: TVM does
+            # not see that it is affine, and refuses to vectorize. A block that counts channels as its producer does
+            # leaves nothing to derive. The transformation in turn does not take axes of a single element.
+            oc_tile = block // tiles
+            sch.transform_block_layout(
+                out,
+                lambda n, c, y, x: (n, c // per_group, c % per_group // block, c % block // oc_tile, c % oc_tile, y, x),
+            )
+            n, group, row, tile, _, y, x = sch.get_loops(out)
+        else:
+            group, in_group = sch.split(oc, [groups, None])
+            row, tile, _ = sch.split(in_group, [block_rows, tiles, None])
         sch.fuse(y, x)
         task = sch.fuse(n, group, row, tile)
         sch.parallel(task)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import conv
@@ -14,15 +16,20 @@ from running import build, haswell, masked_weights, run_conv
 from test_conv import EPILOGUES, TARGETS, workloads
 from test_machine import fma_count, inner_loops, spills
 from test_tiling import AVX2, AVX512, NEON, SSE, layer
+from tvm import s_tir
 
+from tvm_nm.schedules.apply import apply_template
 from tvm_nm.schedules.channel_conv import ChannelConvKernel, channel_conv_prim_func
 from tvm_nm.schedules.channel_packing import pack_channel_conv
 from tvm_nm.schedules.channel_tiling import channel_candidates, channel_cycles, predicted_channel_cycles
 from tvm_nm.schedules.conv import IndexKind
+from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
 from tvm_nm.schedules.packing import kept_per_block_row
 from tvm_nm.schedules.pixel_cycles import predicted_cycles
 from tvm_nm.schedules.tiling import choose_kernel
+from tvm_nm.schedules.tuned import TunedKernel
+from tvm_nm.tuning.database import TuningDatabase, open_records
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 PROPERTY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -155,6 +162,37 @@ NAMED = {
 def test_layers_of_real_networks(name: str) -> None:
     work, vectors = NAMED[name]
     check_case(Case(work, vectors, 0.5, "one thread", seed=len(name)))
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize(("height", "width", "side"), [(14, 17, 5), (1, 9, 1), (1, 1, 1)])
+def test_several_groups_rows_and_tiles(height: int, width: int, side: int, target: str) -> None:
+    """Register tiles of a part of a block row, of one of many: their numbers all come from one parallel loop."""
+    machine = machine_of(TARGETS[target])
+    outs, ins = 3 * 2 * 2 * machine.lanes, 3 * 2
+    work = ConvWorkload(2, ins, outs, height, width, (side, side), (1, 2), groups=3, epilogue=ADD)
+    case = Case(work, 2, 0.5, target, seed=side)
+    weights = weights_of(case)
+    kept = int(kept_per_block_row(weights, 3, 2 * machine.lanes, IndexKind.POSITION).max())
+    found = channel_candidates(work, machine, block=2 * machine.lanes, kept=max(1, kept))
+    kernel = next(kernel for kernel in found if kernel.vectors == 1)
+    assert (kernel.workload.groups, kernel.block_rows, kernel.tiles) == (3, 2, 2)
+    check(case, kernel, weights)
+
+
+def test_a_record_of_several_groups_rows_and_tiles_can_be_replayed(tmp_path: Path) -> None:
+    work = ConvWorkload(1, 6, 96, 6, 5, (3, 3), groups=3)
+    kernel = next(k for k in channel_candidates(work, AVX2, block=16, kept=4) if k.vectors == 1)
+    func = channel_conv_prim_func(kernel)
+    database = TuningDatabase(tmp_path, haswell())
+    task = KernelTask("conv", work, 1, block=16, kept=4, index=IndexKind.POSITION)
+    database.commit_records([TunedKernel(task, kernel, 10.0, "measured")])
+    (record,) = open_records(database.folder).get_all_tuning_records()
+    replayed = s_tir.Schedule(func)
+    record.trace.apply_to_schedule(replayed, remove_postproc=False)
+    scheduled = s_tir.Schedule(func)
+    assert apply_template(scheduled)
+    tvm.ir.assert_structural_equal(replayed.mod, scheduled.mod)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)

@@ -16,7 +16,7 @@ import tvm
 from tvm import relax, te, tirx, topi
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from tvm_nm.passes.dataflow import is_call, kernel_var, static_shape
+from tvm_nm.passes.dataflow import allocation_of, is_allocation, is_call, kernel_var, static_shape
 from tvm_nm.relax_numpy import variables
 
 __all__ = ["CONCAT_ATTR", "ConcatInPlace", "MarkConcats"]
@@ -169,7 +169,7 @@ class _InPlace:
 
     def run(self) -> Any:
         """Return the function with views."""
-        returned = {self._allocation(var) for result in self._results() for var in variables(result)}
+        returned = {allocation_of(var, self._value) for result in self._results() for var in variables(result)}
         left = {var: self._place(site, returned) for var, site in self.sites.items()}
         builder = relax.BlockBuilder()
         bindings: list[Any] = []
@@ -197,7 +197,7 @@ class _InPlace:
             bindings.append(relax.VarBinding(var, builder.normalize(value)))
 
         for binding in self._bindings:
-            if _is_allocation(binding.value):
+            if is_allocation(binding.value):
                 allocate(binding.var)
             elif binding.var not in self.sites:
                 bindings.append(binding)
@@ -212,21 +212,12 @@ class _InPlace:
         result = self._function.body.body
         return [result, self._value[result]] if isinstance(self._value.get(result), relax.Tuple) else [result]
 
-    def _allocation(self, expr: Any) -> Any:
-        """Return the variable of the allocation that an expression is all of, or None."""
-        while isinstance(expr, relax.Var):
-            value: Any = self._value.get(expr)
-            if _is_allocation(value):
-                return expr
-            expr = value.args[0] if is_call(value, "relax.reshape") else value
-        return None
-
     def _place(self, site: _Site, returned: set[Any]) -> list[tuple[Any, int]]:
         """Decide which inputs of a concat become slices of its output; returns the others."""
-        out = self._allocation(site.out)
+        out = allocation_of(site.out, self._value)
         copied = []
         for part, start in site.parts:
-            var = self._allocation(part)
+            var = allocation_of(part, self._value)
             offset = start * math.prod(static_shape(out)[site.axis + 1 :]) * _bytes(out)  # type: ignore[index]
             free = var is not None and var not in self._placed and var not in returned and not var.same_as(out)
             if free and offset % _ALIGNMENT == 0 and str(var.ty.dtype) == str(out.ty.dtype):
@@ -262,10 +253,6 @@ def _site(mod: tvm.IRModule, value: Any) -> _Site | None:
         starts.append((part, position))
         position += static_shape(part)[int(axis)]  # type: ignore[index]
     return _Site(int(axis), tuple(starts), out)
-
-
-def _is_allocation(value: Any) -> bool:
-    return is_call(value, "relax.builtin.alloc_tensor")
 
 
 def _bytes(expr: Any) -> int:

@@ -19,7 +19,18 @@ from tvm import relax
 from tvm_nm.relax_numpy import as_constant, as_numpy, evaluate_constant_call, variables
 from tvm_nm.relax_numpy_ops import Array
 
-__all__ = ["TUPLE_ITEM", "Dataflow", "Rule", "constant_of", "is_call", "kernel_var", "static_shape", "substitute"]
+__all__ = [
+    "TUPLE_ITEM",
+    "Dataflow",
+    "Rule",
+    "allocation_of",
+    "constant_of",
+    "is_allocation",
+    "is_call",
+    "kernel_var",
+    "static_shape",
+    "substitute",
+]
 
 Rule: TypeAlias = Callable[["Dataflow", Any], Any]
 """``rule(flow, value)`` gives the expression that replaces the value, or None where it does not apply."""
@@ -33,6 +44,21 @@ _FOLD_ELEMENTS = 1 << 24  # what would grow beyond this by folding (a broadcast,
 def is_call(value: Any, *operators: str) -> bool:
     """Whether `value` is a call of one of the named operators, such as ``relax.add``."""
     return isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.Op) and value.op.name in operators
+
+
+def is_allocation(value: Any) -> bool:
+    """Whether `value` allocates a tensor."""
+    return is_call(value, "relax.builtin.alloc_tensor")
+
+
+def allocation_of(expr: Any, values: Mapping[Any, Any]) -> Any:
+    """Return the variable of the allocation that an expression is all of, or None; `values` are what variables hold."""
+    while isinstance(expr, relax.Var):
+        value: Any = values.get(expr)
+        if is_allocation(value):
+            return expr
+        expr = value.args[0] if is_call(value, "relax.reshape") else value
+    return None
 
 
 def static_shape(expr: Any) -> tuple[int, ...] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from tvm_nm.passes.dataflow import is_call, static_shape
+from tvm_nm.passes.dataflow import allocation_of, is_allocation, static_shape
 from tvm_nm.relax_numpy import variables
 from tvm_nm.schedules.in_place import RESIDUAL, adds_in_place
 
@@ -115,21 +115,12 @@ class _Merging:
             if var not in self._of:
                 value = self._value.get(var)
                 is_kernel = isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)
-                if _is_allocation(value):
+                if is_allocation(value):
                     self._of[var] = {var}
                 else:
                     self._of[var] = set() if value is None or is_kernel else self._roots(value)
             found |= self._of[var]
         return found
-
-    def _all_of(self, expr: Any) -> Any:
-        """Return the allocation that an expression is all of, or None."""
-        while isinstance(expr, relax.Var):
-            value: Any = self._value.get(expr)
-            if _is_allocation(value):
-                return expr
-            expr = value.args[0] if is_call(value, "relax.reshape") else value
-        return None
 
     def _placed(self, allocation: Any) -> Any:
         """Return the allocation that took the place of another one, or the same."""
@@ -141,7 +132,7 @@ class _Merging:
         """Let a call's output take the place of its residual if nothing else looks at either; return whether it can."""
         call = self._bindings[position].value
         which = [param.name for param in able[call.op].params].index(RESIDUAL)
-        residual, out = self._all_of(call.args[which]), self._all_of(call.args[-1])
+        residual, out = (allocation_of(arg, self._value) for arg in (call.args[which], call.args[-1]))
         if residual is None or out is None or out in self._place:
             return False
         place = self._placed(residual)
@@ -156,10 +147,6 @@ class _Merging:
         self._place[out] = place
         self._last[place] = self._last[out]
         return True
-
-
-def _is_allocation(value: Any) -> bool:
-    return is_call(value, "relax.builtin.alloc_tensor")
 
 
 def _dtype(var: Any) -> str:

@@ -11,6 +11,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
+from tvm_nm.schedules.transpose import turned_square
 from tvm_nm.workload import Epilogue
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "one_group",
     "registers",
     "splat",
+    "store_turned",
     "store_vector",
     "tiles",
 ]
@@ -170,3 +172,16 @@ def activated(value: Any, epilogue: Epilogue, lanes: int) -> Any:
     if epilogue.clip_max is not None:
         value = tirx.min(value, splat(epilogue.clip_max, lanes))
     return value
+
+
+def store_turned(
+    vectors: list[Any], buffers: Mapping[str, Any], at: Any, plane: int, epilogue: Epilogue, lanes: int
+) -> None:
+    """Turn vectors of channels, one for each of `lanes` pixels, and store them through the epilogue.
+
+    The first channel's pixels go to element `at` of `buffers["out"]`, those of the next one `plane` elements further.
+    """
+    for i, value in enumerate(turned_square(vectors)):
+        if epilogue.residual:
+            value = value + load(buffers["residual"], at + i * plane, lanes)
+        store_vector(buffers["out"], at + i * plane, activated(value, epilogue, lanes), lanes)

@@ -31,7 +31,6 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
 from tvm_nm.schedules.chain_loops import (
-    activated,
     add_to,
     bound,
     divided,
@@ -40,6 +39,7 @@ from tvm_nm.schedules.chain_loops import (
     load,
     most_of,
     registers,
+    store_turned,
     store_vector,
 )
 from tvm_nm.schedules.conv_arguments import conv_argument_shapes
@@ -138,11 +138,7 @@ class _Code:
         def square(pixel: Any) -> None:
             at = bound(begin + pixel)
             columns = [T.Bind(load(sums, (pixel + i) * lanes, lanes)) for i in range(lanes)]
-            for i, value in enumerate(turned_square(columns)):
-                if work.epilogue.residual:
-                    value = value + load(self._buffers["residual"], at + i * work.out_pixels, lanes)
-                value = activated(value, work.epilogue, lanes)
-                store_vector(self._buffers["out"], at + i * work.out_pixels, value, lanes)
+            store_turned(columns, self._buffers, at, work.out_pixels, work.epilogue, lanes)
 
         _squares(kernel.rows * work.out_width, lanes, square)
 

@@ -33,7 +33,6 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
 from tvm_nm.schedules.chain_loops import (
-    activated,
     add_to,
     bound,
     divided,
@@ -43,12 +42,12 @@ from tvm_nm.schedules.chain_loops import (
     most_of,
     registers,
     splat,
+    store_turned,
     store_vector,
 )
 from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.schedules.stem_conv import StemKernel
-from tvm_nm.schedules.transpose import turned_square
 from tvm_nm.workload import MaxPool
 
 __all__ = ["stem_prim_func"]
@@ -231,11 +230,8 @@ class _Code:
                 [load(line, start + ((pixel + i) * step + x) * lanes, lanes) for x in range(reads)]
                 for i in range(lanes)
             ]
-            for i, value in enumerate(turned_square([T.Bind(_greatest(window)) for window in windows])):
-                if work.epilogue.residual:
-                    value = value + load(self._buffers["residual"], at + i * self._stored_pixels, lanes)
-                value = activated(value, work.epilogue, lanes)
-                store_vector(self._buffers["out"], at + i * self._stored_pixels, value, lanes)
+            turned = [T.Bind(_greatest(window)) for window in windows]
+            store_turned(turned, self._buffers, at, self._stored_pixels, work.epilogue, lanes)
 
         _runs(self._stored_width, lanes, square)
 

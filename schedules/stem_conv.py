@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tvm_nm.schedules.packing import PackedWeights
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["StemKernel", "pack_stem", "stem_applies", "stem_offsets"]
+__all__ = ["StemKernel", "least_width", "pack_stem", "stem_applies", "stem_offsets"]
 
 _L2_BYTES = 2 << 20
 _MOST_CHANNELS = 16
@@ -30,6 +30,11 @@ def stem_applies(work: ConvWorkload) -> bool:
     """Whether a convolution has windows and few input channels, as those that networks begin with."""
     few = work.in_channels <= _MOST_CHANNELS and work.in_channels * work.taps <= _MOST_STEPS
     return few and work.groups == 1 and work.taps > 1
+
+
+def least_width(work: ConvWorkload) -> int:
+    """Return the shortest run of pixels that vectors load or store."""
+    return min(work.stored_shape[3], work.width, work.reach[1] - work.padding[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class StemKernel:
         fits = (
             work.groups == 1
             and work.out_channels >= self.lanes
-            and self.least_width >= self.lanes
+            and least_width(work) >= self.lanes
             and self.vectors >= 1
             and self.channel_vectors % self.vectors == 0
             and 1 <= self.columns <= work.out_width
@@ -74,12 +79,6 @@ class StemKernel:
         )
         if not fits:
             raise ValueError(f"{self!r} does not fit")
-
-    @property
-    def least_width(self) -> int:
-        """The shortest run of pixels that vectors load or store."""
-        work = self.workload
-        return min(work.stored_shape[3], work.width, work.reach[1] - work.padding[1])
 
     @property
     def channel_vectors(self) -> int:

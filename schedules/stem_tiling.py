@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tvm_nm.schedules.machine import Machine
-from tvm_nm.schedules.stem_conv import StemKernel, stem_applies
+from tvm_nm.schedules.stem_conv import StemKernel, least_width, stem_applies
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["stem_candidates", "stem_cycles"]
@@ -43,8 +43,7 @@ def stem_candidates(work: ConvWorkload, machine: Machine) -> list[StemKernel]:
     lanes, pool = machine.lanes, work.epilogue.pool
     if pool is not None and max(pool.kernel) > _LARGEST_WINDOW:
         return []  # whose taps are all unrolled
-    columns = min(work.stored_shape[3], work.width, work.reach[1] - work.padding[1])
-    if not stem_applies(work) or work.out_channels < lanes or columns < lanes:
+    if not stem_applies(work) or work.out_channels < lanes or least_width(work) < lanes:
         return []
     return list(dict.fromkeys(_variants(work, machine)))
 

@@ -28,7 +28,7 @@ import tvm_ffi
 from tvm import s_tir
 
 from tvm_nm.schedules.conv import CONV_RULE
-from tvm_nm.schedules.decisions import choose
+from tvm_nm.schedules.decisions import choose, divisors, task_rows
 from tvm_nm.schedules.geometry import CopyScope
 from tvm_nm.schedules.panel_gather import PANEL_GATHER
 from tvm_nm.schedules.prefetch import PREFETCH
@@ -43,10 +43,6 @@ _MOST_ACCUMULATORS = 28
 _LEAST_EPILOGUE_LANES = 4
 # More pixels read the weights so often that it does not matter how they came the first time.
 _FEW_PIXELS = 1024
-
-
-def _divisors(number: int, largest: int) -> list[int]:
-    return [d for d in range(1, min(number, largest) + 1) if number % d == 0]
 
 
 def _attribute(sch: s_tir.Schedule, block: Any, name: str) -> int:
@@ -65,6 +61,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     copy_scope = list(CopyScope)[_attribute(sch, sums, "tvm_nm_copy_scope")]
     oc_tile, vectors, lanes = (int(sch.get(loop).extent) for loop in sch.get_loops(sums)[5:8])
     block_rows = int(sch.get(sch.get_loops(sums)[3]).extent)
+    stores_from_registers = bool(_attribute(sch, sums, "tvm_nm_store_from_registers"))
     streaming = int(sch.get(sch.get_loops(sums)[1]).extent) * vectors * lanes <= _FEW_PIXELS
     default_vectors = _attribute(sch, sums, "tvm_nm_vectors_per_tile")
     default_rows = _attribute(sch, sums, "tvm_nm_rows_per_task")
@@ -81,16 +78,18 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     group, in_group = sch.split(oc, [groups, None])
     if per_group % block:
         # A short last block row: the task spans them all, so that the epilogue needs no bounds checks.
-        task_rows, channel = sch.split(in_group, [1, None])
+        rows, channel = sch.split(in_group, [1, None])
     else:
-        rows_per_task = choose(sch, _divisors(block_rows, block_rows), default_rows)
-        task_rows, rows_of_task, in_row = sch.split(in_group, [None, rows_per_task, block])
+        rows_per_task = choose(
+            sch, task_rows(block_rows, groups, stores_from_registers=stores_from_registers), default_rows
+        )
+        rows, rows_of_task, in_row = sch.split(in_group, [None, rows_per_task, block])
         channel = sch.fuse(rows_of_task, in_row)
-    sch.reorder(n, chunk, group, task_rows, channel, row, x)
-    task = sch.fuse(n, chunk, group, task_rows)
+    sch.reorder(n, chunk, group, rows, channel, row, x)
+    task = sch.fuse(n, chunk, group, rows)
     sch.parallel(task)
     producers = {sch.get(producer).name_hint: producer for producer in sch.get_producers(sums)}
-    if _attribute(sch, sums, "tvm_nm_store_from_registers"):
+    if stores_from_registers:
         panels = copy_scope is CopyScope.CHUNK
         tile = _store_from_registers(sch, sums, out, (channel, x), oc_tile, vectors_per_tile, panels, streaming)
     else:
@@ -209,7 +208,7 @@ def _accumulate_in_scratch(sch: s_tir.Schedule, sums: Any, task: Any, vectors_pe
     loops = sch.get_loops(sums)
     split = len(loops) - (3 if taps else 1)
     reduction, (n, chunk, group, row, tile, o, vector, lane) = loops[split:], loops[split - 8 : split]
-    kept_choices = _divisors(int(sch.get(reduction[0]).extent), int(sch.get(reduction[0]).extent))
+    kept_choices = divisors(int(sch.get(reduction[0]).extent))
     block_outer, block_inner = sch.split(reduction[0], [None, choose(sch, kept_choices, default)])
     tile_outer, tile_inner = _split_tile(sch, vector, vectors_per_tile)
     taps_loops = list(reduction[1:])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
+from tvm_nm.schedules.decisions import task_rows
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry, candidate_geometries
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.pixel_cycles import (
@@ -114,8 +116,7 @@ def variant(
         range(1, min(most, geometry.vectors) + 1),
         key=lambda v: chunk_cycles(geometry, oc_tile, v, channels),
     )
-    rows = -(-work.out_channels_per_group // row_block)
-    return ConvKernel(
+    kernel = ConvKernel(
         geometry=geometry,
         index=index,
         block=row_block,
@@ -123,9 +124,10 @@ def variant(
         kept=kept,
         index_dtype=index_dtype(geometry, index),
         vectors_per_tile=vectors,
-        rows_per_task=_rows_per_task(geometry, machine, row_block, rows, scratch, kept_per_block),
+        rows_per_task=1,
         kept_per_block=kept_per_block,
     )
+    return replace(kernel, rows_per_task=_rows_per_task(kernel, machine, scratch))
 
 
 def index_dtype(geometry: PixelGeometry, index: IndexKind) -> str:
@@ -139,19 +141,17 @@ def index_dtype(geometry: PixelGeometry, index: IndexKind) -> str:
     return "uint8" if entries <= 1 << 8 else "uint16" if entries <= 1 << 16 else "int32"
 
 
-def _rows_per_task(
-    geometry: PixelGeometry, machine: Machine, block: int, rows: int, scratch: int, kept_per_block: int
-) -> int:
+def _rows_per_task(kernel: ConvKernel, machine: Machine, scratch: int) -> int:
     """Return as many block rows as fit the scratch while the tasks still divide evenly among the threads."""
-    work = geometry.workload
-    bytes_per_row = block * geometry.vectors * geometry.lanes * 4
+    work, geometry, rows = kernel.workload, kernel.geometry, kernel.block_rows
+    bytes_per_row = kernel.block * geometry.vectors * geometry.lanes * 4
     others = work.batch * geometry.chunks * work.groups
-    if work.out_channels_per_group % block:
+    if work.out_channels_per_group % kernel.block:
         return rows  # a short last block row: the task spans them all, so that the epilogue needs no bounds checks
     # Where tiles are stored from registers there is no scratch.
-    limit = math.inf if geometry.flat and not kept_per_block else scratch
+    limit = math.inf if geometry.flat and not kernel.kept_per_block else scratch
     best = 1
-    for per_task in (d for d in range(2, rows + 1) if rows % d == 0):
+    for per_task in task_rows(rows, work.groups, stores_from_registers=kernel.stores_from_registers):
         tasks = others * rows // per_task
         balanced = tasks % machine.threads == 0 or tasks >= 8 * machine.threads
         if per_task * bytes_per_row <= limit and balanced:

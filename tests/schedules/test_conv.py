@@ -14,6 +14,7 @@ from running import haswell, host_flags, masked_weights, run_conv
 
 from tvm_nm.schedules.apply import schedule_function
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
+from tvm_nm.schedules.decisions import divisors, task_rows
 from tvm_nm.schedules.geometry import CopyScope, candidate_geometries
 from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.packing import kept_per_block_row, pack_conv
@@ -124,6 +125,11 @@ def test_many_random_convolutions(case: Case) -> None:
     check_case(case)
 
 
+def rows_of_tasks(kernel: ConvKernel) -> list[int]:
+    """The block rows a task may compute."""
+    return task_rows(kernel.block_rows, kernel.workload.groups, stores_from_registers=kernel.stores_from_registers)
+
+
 @st.composite
 def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]:
     """Kernels that tuning may try but the model would not choose: any layout, tile, task and reduction block."""
@@ -138,16 +144,15 @@ def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str
         if case.index is IndexKind.NONE or geometry.allows_index(case.index is IndexKind.POSITION)
     ]
     geometry = draw(st.sampled_from(geometries))
-    rows = chosen.block_rows
     kernel = replace(
         chosen,
         geometry=geometry,
         oc_tile=draw(st.integers(1, min(chosen.block, 8))),
         vectors_per_tile=draw(st.integers(1, min(geometry.vectors, 5))),
-        rows_per_task=draw(st.sampled_from([d for d in range(1, rows + 1) if rows % d == 0])),
-        kept_per_block=draw(st.sampled_from([d for d in range(chosen.kept + 1) if d == 0 or chosen.kept % d == 0])),
+        kept_per_block=draw(st.sampled_from([0, *divisors(chosen.kept)])),
         index_dtype="int32",
     )
+    kernel = replace(kernel, rows_per_task=draw(st.sampled_from(rows_of_tasks(kernel))))
     return case.work, kernel, weights, case.target, case.seed
 
 
@@ -187,10 +192,10 @@ def panels(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, 
         chosen,
         geometry=geometry,
         vectors_per_tile=draw(st.integers(1, min(geometry.vectors, 4))),
-        rows_per_task=draw(st.sampled_from([d for d in range(1, chosen.block_rows + 1) if chosen.block_rows % d == 0])),
         index_dtype="uint8" if index is IndexKind.NONE else "uint16",
         kept_per_block=0,
     )
+    kernel = replace(kernel, rows_per_task=draw(st.sampled_from(rows_of_tasks(kernel))))
     return work, kernel, weights, name, seed
 
 
@@ -242,6 +247,7 @@ NAMED = {
     "depthwise sparse": (ConvWorkload(1, 24, 24, 14, 14, (3, 3), (1, 1), ONE, (1, 1), 24), "position", 1),
     "grouped (ResNeXt)": (ConvWorkload(1, 64, 64, 14, 14, (3, 3), padding=ONE, groups=8), "none", None),
     "grouped 1x1 (ShuffleNet)": (ConvWorkload(1, 48, 96, 14, 14, (1, 1), groups=3), "channel", 16),
+    "grouped 1x1, many block rows": (ConvWorkload(1, 96, 192, 14, 14, (1, 1), groups=3), "none", None),
     "dilated (DeepLab)": (ConvWorkload(1, 16, 16, 20, 20, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2)), "none", None),
     "1x7 and 7x1 (Inception)": (ConvWorkload(1, 16, 24, 17, 17, (1, 7), (1, 1), (0, 3, 0, 3)), "position", 8),
     "one-dimensional": (ConvWorkload(1, 16, 24, 1, 100, (1, 9), (1, 2), (0, 4, 0, 4)), "channel", 4),

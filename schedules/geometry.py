@@ -206,12 +206,12 @@ def candidate_geometries(workload: ConvWorkload, lanes: int) -> list[PixelGeomet
 
 
 def _flat_geometries(workload: ConvWorkload, lanes: int) -> list[PixelGeometry]:
-    """Return the ways to cut a flat row into chunks of equally many vectors, with at most one vector in 16 too many."""
+    """Return the ways to cut a flat row into chunks of equally many vectors, with few too many: one, or one in 16."""
     vectors = -(-workload.out_pixels // lanes)
     sizes = {
         -(-vectors // chunks)
         for chunks in range(1, vectors + 1)
-        if chunks * -(-vectors // chunks) <= vectors + vectors // 16
+        if chunks * -(-vectors // chunks) <= vectors + max(1, vectors // 16)
     }
     return [
         PixelGeometry(workload, lanes, size * lanes, 1, copy=scope, flat=True)

@@ -3,7 +3,7 @@
 It counts cycles of the register tile's inner loop. Two vector FMAs start each cycle; a load that straddles a
 cache line takes two slots; fewer than 8 sums in flight leave the FMA latency exposed; a tile whose inputs exceed L1
 streams them from L2. Beside that it counts the padded copy, the scratch, weights and inputs from beyond L2, and the
-first line of every page that a pixel tile touches.
+first line of every page that a pixel tile touches, and with several threads what one core reads that another wrote.
 
 The constants were fitted to measured times of 14 variants of each of 45 layers (dense and 1x16) on an AVX-512 server:
 the variant it picked was on average 4% slower than the best of the 14. It ranks variants and decides between sparse
@@ -15,7 +15,9 @@ from __future__ import annotations
 import math
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
+from tvm_nm.schedules.core_traffic import remote_bytes
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
+from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["MOST_BLOCKED_CHANNELS", "SCRATCH_BYTES", "channels_read", "chunk_cycles", "predicted_cycles"]
@@ -46,10 +48,12 @@ _FMA_LATENCY = 4.0
 _LOOP_OVERHEAD = 2.0
 _LOAD_SLOTS_PER_CYCLE = 1.25
 _STRADDLE = 2.0
+_SPILLED = 2.0
 _HALF_STRADDLE = 1.5
 _TASK_OVERHEAD = 300.0
 _FLUSH_CYCLES_PER_VECTOR = 1.5
 
+_REMOTE_BYTES_PER_CYCLE = 3.0
 _L2_BYTES = 1 << 20
 _STREAM_BYTES_PER_CYCLE = 12.0
 # What comes from memory, which a network's other weights have pushed out of the last cache, comes that much later.
@@ -168,13 +172,16 @@ def _copy_cycles(kernel: ConvKernel) -> float:
     return cycles
 
 
-def _stream_cycles(kernel: ConvKernel) -> float:
+def _stream_cycles(kernel: ConvKernel, machine: Machine) -> float:
     """Cycles of bringing weights and inputs from beyond L2, as far as computing does not hide them."""
     geometry, work = kernel.geometry, kernel.workload
     pixel_tiles = geometry.chunks * -(-geometry.vectors // kernel.vectors_per_tile)
     weight_bytes = 4 * math.prod(kernel.weight_shape)
     passes = geometry.chunks if geometry.copy is CopyScope.CHUNK else pixel_tiles
-    weight_passes = work.batch * passes if weight_bytes > _L2_BYTES else 1
+    # Threads with chunks of their own read all weights each.
+    weight_passes = (
+        work.batch * passes if weight_bytes > _L2_BYTES else min(machine.threads, work.batch * geometry.chunks)
+    )
     rows_read = (geometry.rows_per_chunk + work.kernel[0] - 1) * geometry.phase_rows
     chunk_bytes = 4 * rows_read * geometry.pitch * geometry.phase_columns * work.in_channels
     tasks_of_chunk = -(-kernel.block_rows // kernel.rows_per_task)
@@ -226,19 +233,35 @@ def _output_cycles(kernel: ConvKernel) -> float:
     return touches * (_OUTPUT_TOUCH_CYCLES if far else _NEAR_OUTPUT_TOUCH_CYCLES)
 
 
-def predicted_cycles(kernel: ConvKernel) -> float:
-    """Return the model's cycles of a kernel on one thread."""
+def _remote_bytes(kernel: ConvKernel, machine: Machine) -> float:
+    """Bytes that threads read from other cores: of the input, or of its copy."""
+    geometry, work, threads = kernel.geometry, kernel.workload, machine.threads
+    chunks = work.batch * geometry.chunks
+    copied = geometry.copy is CopyScope.LAYER or (geometry.subsampled and not kernel.gathers_panels)
+    if not copied:
+        return remote_bytes(work, machine, chunks)
+    # The copy is made channel by channel, and then read by whoever needs it.
+    copies = 4 * work.batch * work.in_channels * (work.out_pixels if geometry.subsampled else geometry.channel_size)
+    others = 1 - 1 / threads
+    return others * (4 * math.prod(work.input_shape) + copies * threads / min(chunks, threads))
+
+
+def predicted_cycles(kernel: ConvKernel, machine: Machine) -> float:
+    """Return the model's cycles of a kernel on all threads together."""
     geometry, work = kernel.geometry, kernel.workload
     steps = kernel.kept * (1 if kernel.index is IndexKind.POSITION else work.taps)
     channels = channels_read(work, kernel.oc_tile, kernel.kept_channels, kernel.kept_per_block / kernel.kept or 1.0)
     tiles = work.batch * geometry.chunks * work.groups * kernel.block_rows * kernel.tiles
     step_cycles = chunk_cycles(geometry, kernel.oc_tile, kernel.vectors_per_tile, channels)
     tasks = work.batch * geometry.chunks * work.groups * -(-kernel.block_rows // kernel.rows_per_task)
-    return (
-        tiles * (steps * step_cycles + _flush_cycles(kernel))
+    # The sums, a vector of pixels for each and a weight: what does not fit is spilled.
+    spilled = kernel.vectors_per_tile * (kernel.oc_tile + 1) + 1 > machine.registers and kernel.oc_tile > 1
+    cycles = (
+        tiles * (steps * step_cycles * (_SPILLED if spilled else 1.0) + _flush_cycles(kernel))
         + _copy_cycles(kernel)
-        + _stream_cycles(kernel)
+        + _stream_cycles(kernel, machine)
         + _scratch_cycles(kernel)
         + _output_cycles(kernel)
         + tasks * _TASK_OVERHEAD
     )
+    return cycles * machine.imbalance(tasks) + _remote_bytes(kernel, machine) / _REMOTE_BYTES_PER_CYCLE

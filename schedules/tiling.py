@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.decisions import task_rows
@@ -54,7 +55,7 @@ def choose_kernel(
         for kept_per_block in reduction_blocks(kept, oc_tile)
         for scratch in SCRATCH_BYTES
     ]
-    return min(variants, key=predicted_cycles)
+    return min(variants, key=partial(predicted_cycles, machine=machine))
 
 
 def geometries_for(workload: ConvWorkload, machine: Machine, index: IndexKind) -> list[PixelGeometry]:

@@ -68,12 +68,15 @@ class WinogradKernel:
         Output channels that share their kept input channels, a multiple of `oc_vectors * lanes`; 0 for dense.
     kept
         Input channels that a block row keeps; 0 for dense.
+    parts
+        Parallel tasks among which a chunk's output channels are divided; each transforms the chunk's input anew, which
+        takes less than reading what another core has transformed. A divisor of `oc_blocks`; 1 if staged.
 
     Raises
     ------
     ValueError
-        If the workload is not of the family, it is staged with several chunks, or block rows are no whole register
-        tiles.
+        If the workload is not of the family, it is staged with several chunks or parts, the parts do not divide the
+        blocks, or block rows are no whole register tiles.
     """
 
     workload: ConvWorkload
@@ -86,12 +89,15 @@ class WinogradKernel:
     staged: bool
     block: int = 0
     kept: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if not winograd_applies(self.workload):
             raise ValueError(f"Winograd kernels are for 3x3, stride 1, no groups: {self.workload}")
-        if self.staged and (self.row_chunks > 1 or self.column_chunks > 1):
+        if self.staged and (self.row_chunks > 1 or self.column_chunks > 1 or self.parts > 1):
             raise ValueError("a staged kernel has one chunk")
+        if self.parts < 1 or self.oc_blocks % self.parts:
+            raise ValueError(f"{self.parts} tasks do not divide {self.oc_blocks} blocks of channels: {self!r}")
         if (self.block > 0) != (self.kept > 0) or self.block % (self.oc_vectors * self.lanes):
             raise ValueError(f"block rows of {self.block} channels are no whole register tiles: {self!r}")
 
@@ -178,6 +184,7 @@ class WinogradKernel:
 
     def __str__(self) -> str:
         place = "staged" if self.staged else f"{self.chunk_rows}x{self.chunk_columns} tiles"
+        place += f", {self.parts} parts" if self.parts > 1 else ""
         how = "channel " if self.block else ""
         return f"winograd {self.tile}x{self.tile}, {self.tiles_per_step}x{self.oc_vectors} {how}{place}"
 
@@ -327,5 +334,6 @@ def _products(kernel: WinogradKernel, frequencies: te.Tensor, weight: te.Tensor,
         "tvm_nm_chunk_columns": kernel.chunk_columns,
         "tvm_nm_tiles_per_step": kernel.tiles_per_step,
         "tvm_nm_staged": int(kernel.staged),
+        "tvm_nm_parts": kernel.parts,
     }
     return te.compute(shape, product, name="sums", attrs=attrs)

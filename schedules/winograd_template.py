@@ -2,7 +2,7 @@
 
 Loop nest after scheduling (default decisions on AVX-512: register tile of 7 tiles x 4 channel vectors)::
 
-    parallel n, chunk row, chunk column              # one task: a chunk of tiles
+    parallel n, chunk row, chunk column, part        # one task: a chunk of tiles, all or some blocks of channels
       for vector of input channels
         for row of pixels
           rows = data                                # vectors of channels: 16 loads, 64 shuffles, 16 stores a square
@@ -56,8 +56,9 @@ def _producer(sch: s_tir.Schedule, block: Any, name: str) -> Any:
 def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     """Schedule the convolution whose matrix products are block `sums`."""
     annotations = sch.get(sums).annotations
-    chunk_rows, chunk_columns, default_tiles, staged = (
-        int(annotations[f"tvm_nm_{name}"]) for name in ("chunk_rows", "chunk_columns", "tiles_per_step", "staged")
+    chunk_rows, chunk_columns, default_tiles, staged, parts = (
+        int(annotations[f"tvm_nm_{name}"])
+        for name in ("chunk_rows", "chunk_columns", "tiles_per_step", "staged", "parts")
     )
     frequencies = _producer(sch, sums, "frequencies")
     input_rows = sch.get_producers(frequencies)
@@ -73,12 +74,16 @@ def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     chunk_column, column = sch.split(x, [None, chunk_columns * pixels_of_tile])
     block, in_block = sch.split(oc, [None, oc_vectors * lanes])
     vector, lane = sch.split(in_block, [oc_vectors, lanes])
-    sch.reorder(n, chunk_row, chunk_column, block, vector, row, column, lane)
+    outer = [n, chunk_row, chunk_column]
+    if parts > 1:
+        part, block = sch.split(block, [parts, None])
+        outer.append(part)
+    sch.reorder(*outer, block, vector, row, column, lane)
     task = None
     if staged:
-        sch.parallel(sch.fuse(n, chunk_row, chunk_column, block, vector))
+        sch.parallel(sch.fuse(*outer, block, vector))
     else:
-        task = sch.fuse(n, chunk_row, chunk_column)
+        task = sch.fuse(*outer)
         sch.parallel(task)
 
     # output transform

@@ -3,14 +3,16 @@
 The model counts the cycles of each stage on one thread, in the units of `pixel_cycles.predicted_cycles`: the matrix
 products by FMAs and loads, the transforms by channel vectors of a tile and of its pixels, and what is streamed from
 beyond L2: the weights, once for each chunk, and the transformed inputs, once for each block of output channels, where
-they exceed L2. Its constants are such that the 3x3 layers of VGG-16 and ResNet-50 come out within about 20% of their
-measured times.
+they exceed L2; with several threads, what one core reads that another has written. Its constants are such that the 3x3
+layers of VGG-16 and ResNet-50 come out within about 20% of their measured times.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from tvm_nm.schedules.core_traffic import remote_bytes
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
 from tvm_nm.workload import ConvWorkload
@@ -28,9 +30,10 @@ _MAXIMA_CYCLES_PER_VALUE = 4.0  # the same where a quarter of the values is stor
 _L2_BYTES = 1 << 20
 _L2_BYTES_PER_CYCLE = 64.0
 _STREAM_BYTES_PER_CYCLE = 16.0
-_MEMORY_BYTES_PER_CYCLE = 4.0
+_REMOTE_BYTES_PER_CYCLE = 2.0
+_MEMORY_BYTES_PER_CYCLE = 12.0
 # Of measured time to these counts, over the 3x3 layers of VGG-16 and ResNet-50 on one thread.
-_SCALE = 1.29
+_SCALE = 1.1
 _TASK_OVERHEAD = 2000.0
 _LEAST_CHUNK_TILES = 14
 # Narrower chunks touch more rows, and so more pages, for as many pixels: measured up to 1.4 times as slow.
@@ -40,7 +43,7 @@ _STAGED_TILES = 64
 
 
 def winograd_cycles(kernel: WinogradKernel, machine: Machine) -> float:
-    """Return the model's cycles of a kernel, times the share of threads that have nothing to do at its end."""
+    """Return the model's cycles of a kernel on all threads, those that have nothing to do at its end included."""
     frequencies = kernel.size**2
     full, rest = divmod(kernel.chunk_tiles, kernel.tiles_per_step)
     steps = full * _step_cycles(kernel, kernel.tiles_per_step) + (_step_cycles(kernel, rest) if rest else 0.0)
@@ -48,12 +51,13 @@ def winograd_cycles(kernel: WinogradKernel, machine: Machine) -> float:
     tiles = kernel.chunks * kernel.chunk_tiles
     pixels = kernel.chunks * (kernel.chunk_rows * kernel.tile + 2) * (kernel.chunk_columns * kernel.tile + 2)
     transforms = kernel.ic_vectors * (tiles * frequencies * _INPUT_CYCLES_PER_VALUE + pixels * _COPY_CYCLES_PER_PIXEL)
+    transforms *= kernel.parts
     per_value = _MAXIMA_CYCLES_PER_VALUE if kernel.workload.epilogue.pool else _OUTPUT_CYCLES_PER_VALUE
     transforms += tiles * kernel.oc_blocks * kernel.oc_vectors * kernel.tile**2 * per_value
-    tasks = frequencies * kernel.oc_blocks if kernel.staged else kernel.chunks
-    cycles = (products + transforms + _stream_cycles(kernel)) * machine.imbalance(tasks)
-    cycles += _TASK_OVERHEAD * kernel.chunks
-    return _SCALE * cycles
+    tasks = frequencies * kernel.oc_blocks if kernel.staged else kernel.chunks * kernel.parts
+    cycles = (products + transforms + _stream_cycles(kernel, machine)) * machine.imbalance(tasks)
+    cycles += _TASK_OVERHEAD * kernel.chunks * kernel.parts
+    return _SCALE * (cycles + _remote_bytes(kernel, machine) / _REMOTE_BYTES_PER_CYCLE)
 
 
 def _step_cycles(kernel: WinogradKernel, tiles: int) -> float:
@@ -61,7 +65,20 @@ def _step_cycles(kernel: WinogradKernel, tiles: int) -> float:
     return kernel.reduction * max(fmas / 2, loads / _LOADS_PER_CYCLE, _FMA_LATENCY) + _STEP_OVERHEAD
 
 
-def _stream_cycles(kernel: WinogradKernel) -> float:
+def _remote_bytes(kernel: WinogradKernel, machine: Machine) -> float:
+    """Bytes that threads read from other cores: of the input, and what another stage left."""
+    threads = machine.threads
+    read = remote_bytes(kernel.workload, machine, kernel.chunks)
+    if not kernel.staged:
+        return read
+    # The stages divide input channels, frequencies of blocks of output channels, and output channels.
+    others = 1 - 1 / threads
+    values = 4 * kernel.size**2 * kernel.chunk_tiles * kernel.lanes
+    sums = values * kernel.oc_vectors * kernel.oc_blocks if kernel.oc_blocks % threads else 0
+    return read / threads + others * (values * kernel.ic_vectors * min(kernel.oc_blocks, threads) + sums)
+
+
+def _stream_cycles(kernel: WinogradKernel, machine: Machine) -> float:
     """Cycles of moving weights from memory, inputs from L2 and, where it is too small, all of them from beyond it.
 
     Each block of output channels reads the transformed inputs anew.
@@ -72,10 +89,12 @@ def _stream_cycles(kernel: WinogradKernel) -> float:
     sums = 4 * frequencies * tiles * kernel.oc_vectors * kernel.lanes * (kernel.oc_blocks if kernel.staged else 1)
     reads = kernel.chunks * inputs * kernel.oc_blocks
     cycles = weights / _MEMORY_BYTES_PER_CYCLE
-    if weights + inputs + sums > _L2_BYTES:
-        cycles += weights * (kernel.chunks - 1) / _STREAM_BYTES_PER_CYCLE
+    fits = weights / kernel.parts + inputs + sums <= _L2_BYTES
+    passes = min(kernel.chunks, machine.threads) if fits else kernel.chunks
+    cycles += weights * (passes - 1) / _STREAM_BYTES_PER_CYCLE
     if inputs + sums > _L2_BYTES:
-        return cycles + (reads + kernel.chunks * (inputs + 2 * sums)) / _STREAM_BYTES_PER_CYCLE
+        moved = reads + kernel.chunks * (kernel.parts * inputs + 2 * sums)
+        return cycles + moved / _STREAM_BYTES_PER_CYCLE
     return cycles + reads / _L2_BYTES_PER_CYCLE
 
 
@@ -109,12 +128,13 @@ def winograd_candidates(
     vector_counts = [v for v in range(1, most_vectors + 1) if block % (v * machine.lanes) == 0]
     for tile in (2, 4):
         rows, columns = -(-workload.out_height // tile), -(-workload.out_width // tile)
+        least = min(-(-rows * columns // machine.threads), _LEAST_CHUNK_TILES)
         shapes = [
             (chunk_rows, chunk_columns)
             for chunk_rows in _even_cuts(rows)
             for chunk_columns in _even_cuts(columns)
             if chunk_columns >= min(columns, _LEAST_CHUNK_COLUMNS)
-            if min(rows * columns, _LEAST_CHUNK_TILES) <= chunk_rows * chunk_columns <= _MOST_CHUNK_TILES
+            if least <= chunk_rows * chunk_columns <= _MOST_CHUNK_TILES
         ]
         cuts = [(*shape, False) for shape in shapes]
         if rows * columns <= _STAGED_TILES:
@@ -124,8 +144,17 @@ def winograd_candidates(
             for down, across, staged in cuts:
                 per_step = _tiles_per_step(down * across, most)
                 sizes = (machine.lanes, tile, down, across, vectors, per_step)
-                found.append(WinogradKernel(workload, *sizes, staged, block, kept))
+                kernel = WinogradKernel(workload, *sizes, staged, block, kept)
+                found += [kernel, *_divided(kernel, machine)]
     return found
+
+
+def _divided(kernel: WinogradKernel, machine: Machine) -> list[WinogradKernel]:
+    """Return a kernel whose chunks do not occupy all threads with more tasks: up to twice as many as threads."""
+    if kernel.staged or kernel.chunks >= machine.threads:
+        return []
+    most = min(kernel.oc_blocks, 2 * machine.threads // kernel.chunks)
+    return [replace(kernel, parts=parts) for parts in range(2, most + 1) if kernel.oc_blocks % parts == 0]
 
 
 def _even_cuts(count: int) -> list[int]:

@@ -14,7 +14,7 @@ from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["Array", "ConvFamily", "KernelFamily", "RandomValues", "divisors", "nearest_sizes"]
+__all__ = ["Array", "ConvFamily", "KernelFamily", "RandomValues", "nearest_sizes"]
 
 Array: TypeAlias = npt.NDArray[Any]
 K = TypeVar("K")
@@ -124,11 +124,6 @@ class RandomValues:
     def __call__(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """Return an array of a shape."""
         return np.resize(self._block, shape)
-
-
-def divisors(number: int) -> list[int]:
-    """Return the divisors of a positive number, in order."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def nearest_sizes(sizes: list[int], size: int) -> list[int]:

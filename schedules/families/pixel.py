@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import tvm
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
-from tvm_nm.schedules.families.base import ConvFamily, divisors, nearest_sizes
+from tvm_nm.schedules.decisions import divisors, task_rows
+from tvm_nm.schedules.families.base import ConvFamily, nearest_sizes
 from tvm_nm.schedules.geometry import FLAT_SCOPES, CopyScope, PixelGeometry
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
@@ -49,8 +51,9 @@ class PixelFamily(ConvFamily[ConvKernel]):
 
     def candidates(self, task: KernelTask, machine: Machine) -> list[ConvKernel]:
         """Return the best variants of the best layouts, not more than a few of any one."""
-        layouts = sorted(_layouts(task, machine), key=predicted_cycles)[:_BEST_LAYOUTS]
-        expanded = {kernel: predicted_cycles(kernel) for layout in layouts for kernel in (layout, *_decisions(layout))}
+        cycles = partial(predicted_cycles, machine=machine)
+        layouts = sorted(_layouts(task, machine), key=cycles)[:_BEST_LAYOUTS]
+        expanded = {kernel: cycles(kernel) for layout in layouts for kernel in (layout, *_decisions(layout))}
         found: list[ConvKernel] = []
         count: dict[tuple[PixelGeometry, int], int] = {}
         for kernel in sorted(expanded, key=expanded.__getitem__):
@@ -62,7 +65,7 @@ class PixelFamily(ConvFamily[ConvKernel]):
 
     def cycles(self, kernel: ConvKernel, machine: Machine) -> float:
         """Return the predicted cycles."""
-        return predicted_cycles(kernel)
+        return predicted_cycles(kernel, machine)
 
     def prim_func(self, kernel: ConvKernel) -> tvm.tirx.PrimFunc:
         """Return the unscheduled function."""
@@ -106,7 +109,7 @@ class PixelFamily(ConvFamily[ConvKernel]):
     def steps(self, kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
         """Return other decisions of the same layout, chunks, layouts and tiles of channels."""
         found = {*_decisions(kernel), *_chunk_steps(kernel, machine), *_tile_steps(kernel, machine)} - {kernel}
-        return sorted((k for k in found if _is_valid(k, machine)), key=predicted_cycles)
+        return sorted((k for k in found if _is_valid(k, machine)), key=partial(predicted_cycles, machine=machine))
 
     def pack(self, kernel: ConvKernel, weights: npt.NDArray[np.float32]) -> PackedWeights:
         """Return the packed weights."""
@@ -134,7 +137,7 @@ def _decisions(kernel: ConvKernel) -> list[ConvKernel]:
     ]
     work = kernel.workload
     if work.out_channels_per_group % kernel.block == 0:
-        rows = divisors(kernel.block_rows)
+        rows = task_rows(kernel.block_rows, work.groups, stores_from_registers=kernel.stores_from_registers)
         steps += [replace(kernel, rows_per_task=near) for near in nearest_sizes(rows, kernel.rows_per_task)]
     if kernel.kept_per_block:
         lengths = [length for length in divisors(kernel.kept) if length >= 4]

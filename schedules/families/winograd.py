@@ -20,7 +20,7 @@ __all__ = ["WinogradFamily"]
 
 _FORM = re.compile(
     r"winograd (?P<tile>\d+) step (?P<step>\d+)x(?P<vectors>\d+)"
-    r" chunk (?P<rows>\d+)x(?P<columns>\d+)(?P<staged> staged)?"
+    r" chunk (?P<rows>\d+)x(?P<columns>\d+)(?P<staged> staged)?(?: parts (?P<parts>\d+))?"
 )
 
 
@@ -50,9 +50,10 @@ class WinogradFamily(ConvFamily[WinogradKernel]):
         return winograd_prim_func(kernel)
 
     def text(self, kernel: WinogradKernel) -> str:
-        """Return `winograd TILE step TILESxVECTORS chunk ROWSxCOLUMNS[ staged]`."""
+        """Return `winograd TILE step TILESxVECTORS chunk ROWSxCOLUMNS[ staged][ parts PARTS]`."""
         text = f"winograd {kernel.tile} step {kernel.tiles_per_step}x{kernel.oc_vectors}"
-        return f"{text} chunk {kernel.chunk_rows}x{kernel.chunk_columns}{' staged' if kernel.staged else ''}"
+        text += f" chunk {kernel.chunk_rows}x{kernel.chunk_columns}{' staged' if kernel.staged else ''}"
+        return text + (f" parts {kernel.parts}" if kernel.parts > 1 else "")
 
     def parse(self, text: str, task: KernelTask, machine: Machine) -> WinogradKernel | None:
         """Return the variant that a text names, also one that is no candidate."""
@@ -63,7 +64,8 @@ class WinogradFamily(ConvFamily[WinogradKernel]):
             int(found[name]) for name in ("tile", "step", "vectors", "rows", "columns")
         )
         sizes = (machine.lanes, tile, rows, columns, vectors, step)
-        kernel = WinogradKernel(task.workload, *sizes, found["staged"] is not None, task.block, task.kept)
+        staged, parts = found["staged"] is not None, int(found["parts"] or 1)
+        kernel = WinogradKernel(task.workload, *sizes, staged, task.block, task.kept, parts)
         fits = tile in (2, 4) and 1 <= rows <= kernel.tile_rows and 1 <= columns <= kernel.tile_columns
         if not (fits and 1 <= step <= kernel.chunk_tiles and 1 <= step * vectors <= machine.most_sums()):
             raise ValueError(f"{text!r:.100} does not fit {task}")
@@ -71,7 +73,7 @@ class WinogradFamily(ConvFamily[WinogradKernel]):
 
     def steps(self, kernel: WinogradKernel, machine: Machine) -> list[WinogradKernel]:
         """Return other tiles and chunks, and register tiles with one tile more or less."""
-        choices = ("tile", "chunk_rows", "chunk_columns", "oc_vectors", "staged")
+        choices = ("tile", "chunk_rows", "chunk_columns", "oc_vectors", "staged", "parts")
         candidates = winograd_candidates(kernel.workload, machine, kernel.block, kernel.kept)
         near = self._beside(kernel, candidates, choices, machine)
         counts = (kernel.tiles_per_step - 1, kernel.tiles_per_step + 1)

@@ -295,13 +295,15 @@ SMALL_MAPS = [layer(512, 512, 7, 3), layer(512, 512, 7, 3, 2), layer(2048, 512, 
 def test_small_maps_prefer_channel_vectors(work: ConvWorkload) -> None:
     channels = best_kernel(work, AVX512)
     assert channels is not None
-    assert predicted_channel_cycles(channels) < 0.9 * predicted_cycles(choose_kernel(work, AVX512))
+    assert predicted_channel_cycles(channels) < 0.9 * predicted_cycles(choose_kernel(work, AVX512), AVX512)
 
 
 def test_large_maps_with_few_channels_prefer_pixel_vectors() -> None:
     work = layer(64, 256, 56, 1)
     channels = best_kernel(work, AVX512)
-    assert channels is None or predicted_channel_cycles(channels) > predicted_cycles(choose_kernel(work, AVX512))
+    assert channels is None or predicted_channel_cycles(channels) > predicted_cycles(
+        choose_kernel(work, AVX512), AVX512
+    )
 
 
 @pytest.mark.parametrize("threads", [2, 4])

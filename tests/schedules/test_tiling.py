@@ -38,8 +38,8 @@ def assert_fits(kernel: ConvKernel, machine: Machine) -> None:
             else max(geometry.tap_offset(ky, kx) for ky in range(work.kernel[0]) for kx in range(work.kernel[1]))
         )
     assert indexed - 1 <= np.iinfo(kernel.index_dtype).max
-    assert np.isfinite(predicted_cycles(kernel))
-    assert predicted_cycles(kernel) > 0
+    assert np.isfinite(predicted_cycles(kernel, machine))
+    assert predicted_cycles(kernel, machine) > 0
 
 
 @settings(max_examples=200, deadline=None)
@@ -105,9 +105,11 @@ def test_resnet50_on_avx512(work: ConvWorkload) -> None:
 
 @pytest.mark.parametrize("work", RESNET50[1:], ids=str)
 def test_dropping_half_of_the_channels_pays_off(work: ConvWorkload) -> None:
-    dense = predicted_cycles(choose_kernel(work, AVX512))
+    dense = predicted_cycles(choose_kernel(work, AVX512), AVX512)
     half, quarter = (
-        predicted_cycles(choose_kernel(work, AVX512, block=16, index=IndexKind.CHANNEL, kept=work.in_channels // share))
+        predicted_cycles(
+            choose_kernel(work, AVX512, block=16, index=IndexKind.CHANNEL, kept=work.in_channels // share), AVX512
+        )
         for share in (2, 4)
     )
     assert quarter < half < dense
@@ -117,7 +119,7 @@ def test_dropping_half_of_the_channels_pays_off(work: ConvWorkload) -> None:
 def test_sharing_an_index_beats_choosing_alone() -> None:
     work = layer(256, 256, 14, 3)
     alone, shared = (
-        predicted_cycles(choose_kernel(work, AVX512, block=block, index=IndexKind.POSITION, kept=1152))
+        predicted_cycles(choose_kernel(work, AVX512, block=block, index=IndexKind.POSITION, kept=1152), AVX512)
         for block in (1, 8)
     )
     assert shared < alone

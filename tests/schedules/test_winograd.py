@@ -15,7 +15,8 @@ from oracle import conv
 from running import build, call, haswell, host_flags, integers
 from tvm import s_tir
 
-from tvm_nm.schedules.machine import host_target, machine_of
+from tvm_nm.schedules.decisions import divisors
+from tvm_nm.schedules.machine import Machine, host_target, machine_of
 from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies, winograd_prim_func
 from tvm_nm.schedules.winograd_points import POINTS, transform_matrices, transform_weights
 from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidates, winograd_cycles
@@ -70,7 +71,7 @@ def kernels(draw: st.DrawFn, target: str) -> WinogradKernel:
     if draw(st.booleans()):
         block = vectors * lanes * draw(st.integers(1, 2))
         kept = draw(st.integers(1, work.in_channels))
-    return WinogradKernel(
+    kernel = WinogradKernel(
         work,
         lanes,
         tile,
@@ -82,6 +83,7 @@ def kernels(draw: st.DrawFn, target: str) -> WinogradKernel:
         block,
         kept,
     )
+    return kernel if staged else replace(kernel, parts=draw(st.sampled_from(divisors(kernel.oc_blocks))))
 
 
 def pruned(kernel: WinogradKernel, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -294,6 +296,33 @@ def test_other_convolutions_are_refused(change: dict[str, Any]) -> None:
     assert choose_winograd(work, machine_of(TARGETS["one thread"])) is None
     with pytest.raises(ValueError, match="3x3"):
         WinogradKernel(work, 16, 4, 1, 1, 1, 1, False)
+
+
+def test_tasks_divide_the_blocks_of_a_chunk() -> None:
+    work = ConvWorkload(1, 32, 64, 14, 14, (3, 3), padding=(1, 1, 1, 1))
+    kernel = WinogradKernel(work, 16, 2, 7, 7, 1, 7, False)
+    assert kernel.oc_blocks == 4
+    assert "2 parts" in str(replace(kernel, parts=2))
+    for parts in (0, 3):
+        with pytest.raises(ValueError, match="do not divide"):
+            replace(kernel, parts=parts)
+    with pytest.raises(ValueError, match="one chunk"):
+        replace(kernel, parts=2, staged=True)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(256, 14), (512, 7), (64, 14), (32, 28)])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_small_maps_occupy_all_threads(channels: int, size: int, threads: int) -> None:
+    """Each thread transforms what it needs: it would wait longer for what another core has transformed."""
+    work = ConvWorkload(1, channels, channels, size, size, (3, 3), padding=(1, 1, 1, 1))
+    one, machine = Machine(16, 32, 1), Machine(16, 32, threads)
+    alone, kernel = choose_winograd(work, one), choose_winograd(work, machine)
+    assert alone is not None
+    assert kernel is not None
+    assert not kernel.staged
+    assert kernel.chunks * kernel.parts >= threads
+    assert winograd_cycles(kernel, machine) / threads < 0.8 * winograd_cycles(alone, one)
+    assert all(candidate.parts == 1 for candidate in winograd_candidates(work, one))
 
 
 def test_a_staged_kernel_has_one_chunk() -> None:

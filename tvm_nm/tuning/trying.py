@@ -2,7 +2,8 @@
 
 Times are taken in the state that a network leaves the caches in. Before every call a buffer larger than L2 is written
 by all threads, which moves weights, residual and output out to the next level, where a network's other layers would
-have pushed them since the last image; then the input is written, as the layer before would just have done.
+have pushed them since the last image; then the input is written, as the layer before would just have done, by each
+thread a part of the map.
 
 A shared machine's clock moves by tens of percents within seconds. Variants are therefore timed in turns, and each call
 stands beside two of a *yardstick*, a small kernel bound by arithmetic: the median over the rounds is that of the two's
@@ -115,9 +116,9 @@ class _Contestant:
         kernel = kernel_from_text(run["variant"], parse_task(run["task"]), machine)
         self._function = tvm.runtime.load_module(run["path"])["main"]
         arrays = family_of(kernel).random_arguments(kernel, np.random.default_rng(0))
-        self._source = _flat(tvm.runtime.tensor(arrays[0]))
+        self._source = _maps(tvm.runtime.tensor(arrays[0]))
         self._arguments = [tvm.runtime.tensor(array) for array in arrays]
-        self._input = _flat(self._arguments[0])
+        self._input = _maps(self._arguments[0])
         self._function(*self._arguments)
 
     def produce_input(self, scrub: _Scrub) -> None:
@@ -135,28 +136,31 @@ class _Scrub:
 
     def __init__(self, target: dict[str, Any], threads: int) -> None:
         chosen, _ = _target(target, threads)
-        size = te.var("size", "int64")
-        source = te.placeholder((threads, size), name="source")
-        copied = te.compute((threads, size), lambda part, i: source[part, i], name="copied")
+        maps, pixels = te.var("maps", "int64"), te.var("pixels", "int64")
+        source = te.placeholder((maps, pixels), name="source")
+        copied = te.compute((maps, pixels), lambda channel, pixel: source[channel, pixel], name="copied")
         schedule = tvm.s_tir.Schedule(te.create_prim_func([source, copied]))
-        schedule.parallel(schedule.get_loops(schedule.get_sblock("copied"))[0])
-        self._threads = threads
+        channel, pixel = schedule.get_loops(schedule.get_sblock("copied"))
+        part, rest = schedule.split(pixel, [threads, None])
+        schedule.reorder(part, channel, rest)
+        schedule.parallel(part)
         self._copy = tvm.compile(schedule.mod, target=chosen).jit()["main"]
-        shape = (threads, _SCRUB_BYTES // 8)
+        shape = (1, threads * _SCRUB_BYTES // 8)
         self._buffers = [tvm.runtime.tensor(np.ones(shape, np.float32)) for _ in range(2)]
 
     def __call__(self) -> None:
         self._copy(*self._buffers)
 
     def copy(self, source: Any, to: Any) -> None:
-        """Copy one flat tensor to another; what does not divide among the threads at its end is left out."""
-        size = int(source.shape[0]) // self._threads
-        if size:
-            self._copy(*(t._create_view((self._threads, size)) for t in (source, to)))
+        """Copy maps of pixels, of each of which every thread writes a part."""
+        self._copy(source, to)
 
 
-def _flat(tensor: Any) -> Any:
-    return tensor._create_view((int(np.prod(tensor.shape)),))
+def _maps(tensor: Any) -> Any:
+    """View a tensor as a matrix: maps times pixels, or rows as they are."""
+    shape = [int(extent) for extent in tensor.shape]
+    outer = 2 if len(shape) > 2 else 1
+    return tensor._create_view((int(np.prod(shape[:outer])), int(np.prod(shape[outer:]))))
 
 
 def _yardstick_call(path: str, target: dict[str, Any]) -> Callable[[], object]:

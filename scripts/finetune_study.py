@@ -32,6 +32,7 @@ from tvm_nm.pruning import PruneRequest, prune_file
 from tvm_nm.reference import preprocess, reference_model_path
 from tvm_nm.torch import Augmentation, Objective, TrainingOptions, train
 from tvm_nm.torch.finetune import input_shape
+from tvm_nm.torch.network_stage import block_borders
 from tvm_nm.torch.progress import TrainingProgress
 
 
@@ -98,7 +99,8 @@ class Study:
         path = self.work / f"{start.stem}-{how}.onnx"
         if path.is_file():
             return path
-        objective = replace(self.options.objective, distillation=0.0 if teacher is None else self.distill)
+        dense = None if teacher is None else onnx.load(teacher)
+        objective = replace(self.options.objective, distillation=self.distill if dense else 0.0)
         options = replace(self.options, seed=seed, objective=objective)
         print(f"training {path.stem}", flush=True)
         with TrainingProgress() as progress:
@@ -106,7 +108,8 @@ class Study:
                 onnx.load(start),
                 self.images,
                 options,
-                dense=None if teacher is None else onnx.load(teacher),
+                dense=dense,
+                activations=block_borders(dense) if dense and objective.activations else (),
                 checkpoint=path.with_suffix(".checkpoint"),
                 progress=progress.status,
             )
@@ -132,6 +135,9 @@ def main() -> None:
     parser.add_argument("--augment", type=Augmentation.parse, default=Augmentation())
     parser.add_argument("--distill", type=float, default=0.5)
     parser.add_argument("--distill-only", action="store_true", help="leave out pruned networks trained by the labels")
+    parser.add_argument(
+        "--activations", type=float, default=0.0, help="weight of the teacher's activations, with --distill"
+    )
     parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--device", default="auto")
@@ -152,7 +158,7 @@ def main() -> None:
         epochs=args.epochs,
         batch=args.batch,
         learning_rate=args.lr,
-        objective=Objective(label_smoothing=args.label_smoothing),
+        objective=Objective(label_smoothing=args.label_smoothing, activations=args.activations),
         augmentation=args.augment,
         batch_norm=args.batch_norm,
         device=args.device,

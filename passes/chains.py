@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from tvm_nm.passes.select import Choice, conv_workload
 from tvm_nm.patterns import OneByN
 from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing, chain_applies
 from tvm_nm.schedules.chain_packing import channel_vectors, pack_depthwise, pack_mixing
-from tvm_nm.schedules.chain_tiling import chain_cycles, choose_chain
+from tvm_nm.schedules.chain_tiling import chain_cycles, choose_chain, crossing_cycles
 from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
@@ -139,7 +139,10 @@ def choose_chain_kernel(
         for one, other in itertools.product(options[0], options.get(2, [KEEP_ALL]))
     ]
     kernel = min(kernels, key=lambda variant: chain_cycles(variant, machine))
-    if chain_cycles(kernel, machine) >= sum(kernel_cycles(choice.kernel, machine) for choice in alone):
+    # Layers one by one read what other threads wrote, as stages do; their models do not count that.
+    stages = replace(kernel, rows=kernel.depthwise.out_height, shares=1, staged=True)
+    one_by_one = sum(kernel_cycles(choice.kernel, machine) for choice in alone) + crossing_cycles(stages, machine)
+    if chain_cycles(kernel, machine) >= one_by_one:
         return None
     better = None if tuned is None else tuned.best(KernelTask.of(kernel, machine.threads))
     if better is not None and isinstance(better.kernel, ChainKernel):

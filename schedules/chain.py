@@ -69,6 +69,10 @@ class ChainKernel:
         Register tiles and sparsity of the first and the last layer.
     blocked_input
         The input is blocked already; else it is (N, C, H, W). The output, and a residual, always are blocked.
+    shares
+        Parts of the hidden channels, each of which a task takes through all three layers: it sums what its channels
+        add to every output of its band, and the sums of all shares are added afterwards. 1 where a task has all hidden
+        channels; else there are three layers, and the chain is not staged.
     """
 
     first: ConvWorkload
@@ -81,6 +85,7 @@ class ChainKernel:
     mixing: Mixing
     last_mixing: Mixing
     blocked_input: bool = False
+    shares: int = 1
 
     @property
     def hidden(self) -> int:
@@ -90,6 +95,22 @@ class ChainKernel:
     @property
     def hidden_vectors(self) -> int:
         return -(-self.hidden // self.lanes)
+
+    @property
+    def share_groups(self) -> int:
+        """Groups of `mixing.vectors` vectors of hidden channels of each share; the last one may have fewer."""
+        return -(-self.hidden_groups // self.shares)
+
+    @property
+    def hidden_groups(self) -> int:
+        """Register tiles' worth of hidden channels."""
+        return -(-self.hidden_vectors // self.mixing.vectors)
+
+    @property
+    def share_channels(self) -> tuple[int, ...]:
+        """The first hidden channel of each share, and the end of the last one."""
+        step = self.share_groups * self.mixing.vectors * self.lanes
+        return (*(step * share for share in range(self.shares)), self.hidden)
 
     @property
     def output(self) -> ConvWorkload:
@@ -103,6 +124,11 @@ class ChainKernel:
     @property
     def bands(self) -> int:
         return -(-self.depthwise.out_height // self.rows)
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """Rows of a band and shares of the hidden channels."""
+        return self.rows, self.shares
 
     @property
     def in_rows(self) -> int:
@@ -145,7 +171,8 @@ class ChainKernel:
 
     def __str__(self) -> str:
         tiles = [self.mixing.vectors] + ([self.last_mixing.vectors] if self.last is not None else [])
-        return f"chain {'/'.join(map(str, tiles))} {'staged' if self.staged else 'band'} {self.rows}"
+        text = f"chain {'/'.join(map(str, tiles))} {'staged' if self.staged else 'band'} {self.rows}"
+        return text if self.shares == 1 else f"{text}, {self.shares} shares"
 
 
 def _kept_macs(work: ConvWorkload, mixing: Mixing) -> int:

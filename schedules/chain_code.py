@@ -1,6 +1,6 @@
 """Generated code of the chain family.
 
-Loop nest (AVX-512; `staged` chains have a parallel loop for each of the two halves)::
+Loop nest (AVX-512; other ways to cut the work below)::
 
     parallel n, band of output rows                # one task
       for vectors of hidden channels
@@ -27,7 +27,6 @@ conditions of inner loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -35,341 +34,131 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own scripts call it
 
-from tvm_nm.schedules.chain import ChainKernel, Mixing, blocked_shape
+from tvm_nm.schedules.chain import ChainKernel
+from tvm_nm.schedules.chain_arguments import argument_shapes
+from tvm_nm.schedules.chain_layers import ChainLayers, Part
 from tvm_nm.schedules.chain_loops import (
     activated,
-    add_to,
-    blocked_channel,
-    bound,
     divided,
     flat_function,
     in_groups,
     least,
     load,
-    most_of,
     one_group,
-    registers,
-    splat,
     store_vector,
-    tiles,
 )
-from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
-from tvm_nm.workload import ConvWorkload
+from tvm_nm.schedules.fetch_code import FETCHES
 
-__all__ = ["argument_shapes", "chain_prim_func"]
-
-# Weights of this size have left L2 since the last image. The processor's prefetchers stop at the end of a page, which
-# lasts for a few hundred cycles: about as long as the next page's first line takes from beyond L2.
-_STREAMED_BYTES = 128 * 1024
-_PREFETCH_BYTES = 4096
-
-
-def argument_shapes(kernel: ChainKernel) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return names, shapes and dtypes of a chain's arguments in order, the output last."""
-    first, work, lanes = kernel.first, kernel.depthwise, kernel.lanes
-    size = first.input_shape
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
-        "data": (blocked_shape(size, lanes) if kernel.blocked_input else size, "float32")
-    }
-    shapes |= _mixing_shapes("first", first, kernel.mixing, lanes)
-    shapes["depthwise"] = ((kernel.hidden_vectors, work.taps, lanes), "float32")
-    shapes["depthwise_bias"] = ((kernel.hidden_vectors * lanes,), "float32")
-    out = blocked_shape((work.batch, kernel.output.out_channels, work.out_height, work.out_width), lanes)
-    if kernel.last is not None:
-        shapes |= _mixing_shapes("last", kernel.last, kernel.last_mixing, lanes)
-        if kernel.last.epilogue.residual:
-            shapes["residual"] = (out, "float32")
-    return {**shapes, "out": (out, "float32")}
-
-
-def _mixing_shapes(name: str, work: ConvWorkload, mixing: Mixing, lanes: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    vectors = -(-work.out_channels // lanes)
-    kept = mixing.kept or work.in_channels
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {name: ((vectors * kept * work.taps * lanes,), "float32")}
-    if mixing.kept:
-        shapes[f"{name}_index"] = ((-(-work.out_channels // mixing.block) * kept,), "int32")
-    return {**shapes, f"{name}_bias": ((vectors * lanes,), "float32")}
+__all__ = ["chain_prim_func"]
 
 
 @lru_cache(maxsize=128)
 def chain_prim_func(kernel: ChainKernel) -> tvm.tirx.PrimFunc:
     """Return the function of a chain, which needs no schedule; its arguments are those of `argument_shapes`."""
-    return flat_function(argument_shapes(kernel), lambda buffers: _Code(kernel, buffers).emit())
+    emit = _emit_staged if kernel.staged else _emit_shares if kernel.shares > 1 else _emit_bands
+    return flat_function(argument_shapes(kernel), lambda buffers: emit(kernel, buffers))
 
 
-class _Code:
-    """Emits one chain. Buffers are flat; positions in them are elements."""
-
-    def __init__(self, kernel: ChainKernel, buffers: dict[str, Any]) -> None:
-        self._kernel = kernel
-        self._buffers = buffers
-        self._lanes = kernel.lanes
-        # Of the first layer's output and of the depthwise output, for one vector of channels.
-        self._padded_plane = kernel.in_rows * kernel.pitch * kernel.lanes
-        first = kernel.first
-        self._copies_input = not first.is_pointwise
-        self._copy_rows = (kernel.in_rows - 1) * first.stride[0] + first.kernel[0]
-        self._copy_pitch = (first.out_width - 1) * first.stride[1] + first.kernel[1]
-
-    def emit(self) -> None:
-        kernel = self._kernel
-        if kernel.staged:
-            self._emit_staged()
-            return
-        with T.parallel(0, kernel.first.batch * kernel.bands, annotations={FETCHES: 1}) as task:
-            image, band = divided(task, kernel.bands, kernel.first.batch)
-            source = self._source(image, band)
-            padded = T.alloc_buffer((kernel.mixing.vectors * self._padded_plane,), "float32")
-            hidden, base = self._buffers["out"], None
-            if kernel.last is not None:
-                hidden, base = T.alloc_buffer((kernel.hidden_vectors * kernel.hidden_plane,), "float32"), 0
-            in_groups(
-                kernel.hidden_vectors,
-                kernel.mixing.vectors,
-                lambda start, count: self._hidden_channels(image, band, start, count, source, padded, hidden, base),
-            )
-            if kernel.last is not None:
-                in_groups(
-                    kernel.out_vectors,
-                    kernel.last_mixing.vectors,
-                    lambda start, count: self._last(image, band, start, count, hidden, 0),
-                )
-
-    def _emit_staged(self) -> None:
-        kernel = self._kernel
-        hidden, base = self._buffers["out"], None
-        size = kernel.hidden_vectors * kernel.hidden_plane
+def _emit_bands(kernel: ChainKernel, buffers: dict[str, Any]) -> None:
+    layers, work = ChainLayers(kernel, buffers), kernel.depthwise
+    with T.parallel(0, work.batch * kernel.bands, annotations={FETCHES: 1}) as task:
+        image, band = divided(task, kernel.bands, work.batch)
+        source, padded = layers.source(image, band), layers.padded()
+        hidden = buffers["out"]
         if kernel.last is not None:
-            hidden, base = T.alloc_buffer((kernel.first.batch * size,), "float32"), 0
-        groups = -(-kernel.hidden_vectors // kernel.mixing.vectors)
-        with T.parallel(0, kernel.first.batch * kernel.bands * groups, annotations={FETCHES: 1}) as task:
-            image, rest = divided(task, kernel.bands * groups, kernel.first.batch)
-            band, group = divided(rest, groups, kernel.bands)
-            source = self._source(image, band)
-            padded = T.alloc_buffer((kernel.mixing.vectors * self._padded_plane,), "float32")
-            one_group(
-                group,
-                kernel.hidden_vectors,
-                kernel.mixing.vectors,
-                lambda start, count: self._hidden_channels(
-                    image, band, start, count, source, padded, hidden, None if base is None else image * size
-                ),
-            )
-        if kernel.last is None:
-            return
-        groups = -(-kernel.out_vectors // kernel.last_mixing.vectors)
-        with T.parallel(0, kernel.first.batch * kernel.bands * groups, annotations={FETCHES: 1}) as task:
-            image, rest = divided(task, kernel.bands * groups, kernel.first.batch)
-            band, group = divided(rest, groups, kernel.bands)
-            start = image * size + band * (kernel.rows * kernel.depthwise.out_width * self._lanes)
-            one_group(
-                group,
+            hidden = T.alloc_buffer((kernel.hidden_vectors * kernel.hidden_plane,), "float32")
+
+        def place(vector: Any) -> Any:
+            if kernel.last is not None:
+                return vector * kernel.hidden_plane
+            row = (image * kernel.hidden_vectors + vector) * work.out_height + band * kernel.rows
+            return row * (work.out_width * kernel.lanes)
+
+        in_groups(
+            kernel.hidden_vectors,
+            kernel.mixing.vectors,
+            lambda start, count: layers.hidden_channels(
+                band, start, count, source, padded, hidden, lambda j: place(start + j)
+            ),
+        )
+        if kernel.last is not None:
+            in_groups(
                 kernel.out_vectors,
                 kernel.last_mixing.vectors,
-                lambda first, count: self._last(image, band, first, count, hidden, start),
+                lambda start, count: layers.last(image, band, start, count, hidden, 0),
             )
 
-    def _rows_of(self, band: Any) -> Any:
-        """Return the output rows of a band: the last one may have fewer."""
-        rows, height = self._kernel.rows, self._kernel.depthwise.out_height
-        return rows if height % rows == 0 else least(rows, height - band * rows)
 
-    def _source(self, image: Any, band: Any) -> tuple[Any, Any]:
-        """Return what the first layer reads, and where this image's starts: the input, or a padded copy of rows."""
-        kernel, work = self._kernel, self._kernel.first
-        data = self._buffers["data"]
-        channels = -(-work.in_channels // self._lanes) * self._lanes if kernel.blocked_input else work.in_channels
-        start = image * (channels * work.height * work.width)
-        if not self._copies_input:
-            return data, start
-        top, left, _, _ = work.padding
-        row_size, plane = self._copy_pitch, self._copy_rows * self._copy_pitch
-        copy = T.alloc_buffer((work.in_channels * plane,), "float32")
-        with T.serial(0, work.in_channels * plane) as i:
-            T.buffer_store(copy, tirx.const(0.0, "float32"), [i])
-        first_row = bound(self._top_row(band) * work.stride[0] - top)
-        begin = most_of(0, -first_row)
-        end = least(self._copy_rows, work.height - first_row)
-        width = min(work.width, self._copy_pitch - left)
-        with T.serial(0, work.in_channels) as c, T.serial(0, end - begin) as r, T.serial(0, width) as x:
-            row = begin + r
-            value = data[start + (c * work.height + first_row + row) * work.width + x]
-            T.buffer_store(copy, value, [c * plane + row * row_size + left + x])
-        return copy, 0
+def _emit_staged(kernel: ChainKernel, buffers: dict[str, Any]) -> None:
+    """Emit a parallel loop over bands and vectors of hidden channels, and another one for the last layer."""
+    layers, work = ChainLayers(kernel, buffers), kernel.depthwise
+    hidden, size = buffers["out"], kernel.hidden_vectors * kernel.hidden_plane
+    if kernel.last is not None:
+        hidden = T.alloc_buffer((work.batch * size,), "float32")
+    groups = kernel.hidden_groups
+    band_size = kernel.rows * work.out_width * kernel.lanes
+    with T.parallel(0, work.batch * kernel.bands * groups, annotations={FETCHES: 1}) as task:
+        image, rest = divided(task, kernel.bands * groups, work.batch)
+        band, group = divided(rest, groups, kernel.bands)
+        source, padded = layers.source(image, band), layers.padded()
+        begin = image * size + band * band_size
+        one_group(
+            group,
+            kernel.hidden_vectors,
+            kernel.mixing.vectors,
+            lambda start, count: layers.hidden_channels(
+                band, start, count, source, padded, hidden, lambda j: begin + (start + j) * kernel.hidden_plane
+            ),
+        )
+    if kernel.last is None:
+        return
+    groups = -(-kernel.out_vectors // kernel.last_mixing.vectors)
+    with T.parallel(0, work.batch * kernel.bands * groups, annotations={FETCHES: 1}) as task:
+        image, rest = divided(task, kernel.bands * groups, work.batch)
+        band, group = divided(rest, groups, kernel.bands)
+        begin = image * size + band * band_size
+        one_group(
+            group,
+            kernel.out_vectors,
+            kernel.last_mixing.vectors,
+            lambda start, count: layers.last(image, band, start, count, hidden, begin),
+        )
 
-    def _top_row(self, band: Any) -> Any:
-        """Return the row of the first layer's output, perhaps above it, that a band's first row begins with."""
-        work = self._kernel.depthwise
-        return band * (self._kernel.rows * work.stride[0]) - work.padding[0]
 
-    def _hidden_channels(
-        self, image: Any, band: Any, start: Any, count: int, source: Any, padded: Any, hidden: Any, base: Any
-    ) -> None:
-        """Compute some vectors of channels of a band of the depthwise output."""
-        kernel, work = self._kernel, self._kernel.depthwise
-        self._first(band, start, count, source, padded)
-        for j in range(count):
-            if base is None:
-                row = (image * kernel.hidden_vectors + start + j) * work.out_height + band * kernel.rows
-                at = row * (work.out_width * self._lanes)
-            else:
-                at = base + (start + j) * kernel.hidden_plane
-                if kernel.staged:
-                    at = at + band * (kernel.rows * work.out_width * self._lanes)
-            self._depthwise(band, start + j, padded, j * self._padded_plane, hidden, at)
-
-    def _first(self, band: Any, start: Any, count: int, source: Any, padded: Any) -> None:
-        """Compute the rows that a band's depthwise sums read; zeros where they lie beyond the map."""
-        kernel, lanes = self._kernel, self._lanes
-        work, mixing = kernel.first, kernel.mixing
-        _, left, _, right = kernel.depthwise.padding
-        top_row = bound(self._top_row(band))
-        top = most_of(0, -top_row)
-        bottom = least(kernel.in_rows, work.out_height - top_row)
-
-        def zero(vector: int, row: Any, column: Any) -> None:
-            at = vector * self._padded_plane + (row * kernel.pitch + column) * lanes
-            store_vector(padded, at, splat(0.0, lanes), lanes)
-
-        for j in range(count):
-            with T.serial(0, top) as row, T.serial(0, kernel.pitch) as column:
-                zero(j, row, column)
-            with T.serial(0, kernel.in_rows - bottom) as row, T.serial(0, kernel.pitch) as column:
-                zero(j, bottom + row, column)
-            if left + right:
-                with T.serial(0, bottom - top) as row:
-                    for column in (*range(left), *range(kernel.pitch - right, kernel.pitch)):
-                        zero(j, top + row, column)
-        buffer, base = source
-
-        def tile(row: Any, column: Any, rows: int, columns: int) -> None:
-            def inputs(channel: Any, ky: int, kx: int) -> list[Any]:
-                if self._copies_input:
-                    sy, sx = work.stride
-                    at = channel * (self._copy_rows * self._copy_pitch) + column * sx + kx
-                    places = [
-                        ((top + row + p // columns) * sy + ky) * self._copy_pitch + p % columns * sx
-                        for p in range(rows * columns)
-                    ]
-                    at = T.Bind(base + at)
-                    return [buffer[at + place] for place in places]
-                # The tile's rows are contiguous: it has several only if they are whole.
-                step = lanes if kernel.blocked_input else 1
-                at = T.Bind(base + channel + ((top_row + top + row) * work.width + column) * step)
-                return [buffer[at + p * step] for p in range(rows * columns)]
-
-            def channel_of(position: Any) -> Any:
-                if mixing.kept:
-                    return position
-                if self._copies_input or not kernel.blocked_input:
-                    return position if self._copies_input else position * (work.height * work.width)
-                return blocked_channel(position, work.height * work.width * lanes, lanes)
-
-            def store(vector: int, pixel: int, value: Any) -> None:
-                at = (top + row + pixel // columns) * kernel.pitch + left + column + pixel % columns
-                value = activated(value, work.epilogue, lanes)
-                store_vector(padded, vector * self._padded_plane + at * lanes, value, lanes)
-
-            self._mix("first", work, mixing, start, count, rows * columns, channel_of, inputs, store)
-
-        tiles(bottom - top, work.out_width, kernel.pixels(count), tile)
-
-    def _depthwise(self, band: Any, vector: Any, padded: Any, start: Any, hidden: Any, target: Any) -> None:
-        kernel, lanes = self._kernel, self._lanes
-        work = kernel.depthwise
-        (kh, kw), (sy, sx) = work.kernel, work.stride
-        weights = [
-            T.Bind(load(self._buffers["depthwise"], (vector * work.taps + tap) * lanes, lanes))
-            for tap in range(work.taps)
-        ]
-        bias = T.Bind(load(self._buffers["depthwise_bias"], vector * lanes, lanes))
-
-        def tile(row: Any, column: Any, rows: int, columns: int) -> None:
-            sums = registers(rows * columns, lanes)
-            for register in sums:
-                store_vector(register, 0, bias, lanes)
-            for y in range((rows - 1) * sy + kh):
-                for x in range((columns - 1) * sx + kw):
-                    readers = [
-                        (r * columns + c, (y - r * sy) * kw + x - c * sx)
-                        for r in range(rows)
-                        for c in range(columns)
-                        if 0 <= y - r * sy < kh and 0 <= x - c * sx < kw
-                    ]
-                    if not readers:
-                        continue
-                    at = start + ((row * sy + y) * kernel.pitch + column * sx + x) * lanes
-                    value = T.Bind(load(padded, at, lanes))
-                    for pixel, tap in readers:
-                        add_to(sums[pixel], weights[tap] * value, lanes)
-            for p in range(rows * columns):
-                value = activated(load(sums[p], 0, lanes), work.epilogue, lanes)
-                at = target + ((row + p // columns) * work.out_width + column + p % columns) * lanes
-                store_vector(hidden, at, value, lanes)
-
-        tiles(self._rows_of(band), work.out_width, kernel.depthwise_pixels, tile)
-
-    def _last(self, image: Any, band: Any, start: Any, count: int, hidden: Any, base: Any) -> None:
-        kernel, lanes = self._kernel, self._lanes
-        work, mixing = kernel.last, kernel.last_mixing
-        assert work is not None
-        first_row = band * kernel.rows
-
-        def tile(row: Any, column: Any, rows: int, columns: int) -> None:
-            def inputs(channel: Any, _ky: int, _kx: int) -> list[Any]:
-                at = T.Bind(base + channel + (row * work.width + column) * lanes)
-                return [hidden[at + p * lanes] for p in range(rows * columns)]
-
-            def channel_of(position: Any) -> Any:
-                return position if mixing.kept else blocked_channel(position, kernel.hidden_plane, lanes)
-
-            def store(vector: int, pixel: int, value: Any) -> None:
-                pixels = work.out_height * work.out_width
-                at = (image * kernel.out_vectors + start + vector) * pixels
-                at = (at + (first_row + row) * work.out_width + column + pixel) * lanes
-                if work.epilogue.residual:
-                    value = value + load(self._buffers["residual"], at, lanes)
-                store_vector(self._buffers["out"], at, activated(value, work.epilogue, lanes), lanes)
-
-            self._mix("last", work, mixing, start, count, rows * columns, channel_of, inputs, store)
-
-        tiles(self._rows_of(band), work.out_width, kernel.pixels(count), tile)
-
-    def _mix(
-        self,
-        name: str,
-        work: ConvWorkload,
-        mixing: Mixing,
-        start: Any,
-        count: int,
-        pixels: int,
-        channel_of: Callable[[Any], Any],
-        inputs: Callable[[Any, int, int], list[Any]],
-        store: Callable[[int, int, Any], None],
-    ) -> None:
-        """Sum a register tile of `count` vectors of channels, from vector `start`, over the inputs that it keeps."""
-        lanes, kept = self._lanes, mixing.kept or work.in_channels
-        weights, bias, index = (self._buffers.get(f"{name}{what}") for what in ("", "_bias", "_index"))
-        sums = registers(pixels * count, lanes)
-        for j in range(count):
-            value = T.Bind(load(bias, (start + j) * lanes, lanes))
-            for p in range(pixels):
-                store_vector(sums[p * count + j], 0, value, lanes)
-        row = tirx.indexdiv(start * lanes, mixing.block) if mixing.block else 0
-        ahead = 4 * work.out_channels * kept * work.taps >= _STREAMED_BYTES
-        with T.serial(0, kept) as position:
-            entry = position if index is None else index[row * kept + position]
-            channel = T.Bind(channel_of(entry))
-            for tap in range(work.taps):
-                at = T.Bind(start * (kept * work.taps * lanes) + (position * work.taps + tap) * (count * lanes))
-                vectors = [T.Bind(load(weights, at + j * lanes, lanes)) for j in range(count)]
-                if ahead:
-                    for j in range(count):
-                        T.add_to_parent(fetch(Fetch.READ, weights, [at + j * lanes + _PREFETCH_BYTES // 4]))
-                for p, scalar in enumerate(inputs(channel, *divmod(tap, work.kernel[1]))):
-                    value = T.Bind(tirx.Broadcast(scalar, lanes))
-                    for j in range(count):
-                        add_to(sums[p * count + j], vectors[j] * value, lanes)
-        for j in range(count):
-            for p in range(pixels):
-                store(j, p, load(sums[p * count + j], 0, lanes))
+def _emit_shares(kernel: ChainKernel, buffers: dict[str, Any]) -> None:
+    """Emit tasks that take some of the hidden channels of a band through all layers, and then the sum of their sums."""
+    layers, work, lanes = ChainLayers(kernel, buffers), kernel.output, kernel.lanes
+    size = work.batch * kernel.out_vectors * work.out_pixels * lanes
+    sums = T.alloc_buffer((kernel.shares * size,), "float32")
+    groups, vectors = kernel.share_groups, kernel.mixing.vectors
+    with T.parallel(0, work.batch * kernel.bands * kernel.shares, annotations={FETCHES: 1}) as task:
+        image, rest = divided(task, kernel.bands * kernel.shares, work.batch)
+        band, share = divided(rest, kernel.shares, kernel.bands)
+        source, padded = layers.source(image, band), layers.padded()
+        hidden = T.alloc_buffer((groups * vectors * kernel.hidden_plane,), "float32")
+        even = kernel.hidden_groups % kernel.shares == 0
+        with T.serial(0, groups if even else least(groups, kernel.hidden_groups - share * groups)) as group:
+            one_group(
+                share * groups + group,
+                kernel.hidden_vectors,
+                vectors,
+                lambda start, count: layers.hidden_channels(
+                    band, start, count, source, padded, hidden, lambda j: (group * vectors + j) * kernel.hidden_plane
+                ),
+            )
+        in_groups(
+            kernel.out_vectors,
+            kernel.last_mixing.vectors,
+            lambda start, count: layers.last(image, band, start, count, hidden, 0, Part(share, sums, share * size)),
+        )
+    with T.parallel(0, work.batch * kernel.out_vectors * work.out_height) as row:
+        vector = tirx.indexmod(tirx.indexdiv(row, work.out_height), kernel.out_vectors)
+        bias = T.Bind(load(buffers["last_bias"], vector * lanes, lanes))
+        with T.serial(0, work.out_width) as column:
+            at = T.Bind((row * work.out_width + column) * lanes)
+            value = bias
+            for share in range(kernel.shares):
+                value = value + load(sums, share * size + at, lanes)
+            if work.epilogue.residual:
+                value = value + load(buffers["residual"], at, lanes)
+            store_vector(buffers["out"], at, activated(value, work.epilogue, lanes), lanes)

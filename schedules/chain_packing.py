@@ -47,7 +47,7 @@ def pack_mixing(kernel: ChainKernel, weights: Array, *, last: bool) -> PackedWei
     orders = _kept_inputs(weights, mixing)
     offsets = _offsets(kernel, work, last)
     parts = [flat[start : start + group][:, orders[start // mixing.block]] for start in starts]
-    return PackedWeights(_joined(parts), offsets[np.concatenate(orders)].astype(np.int32))
+    return PackedWeights(_joined(parts), _index(kernel, orders, offsets, last))
 
 
 def random_offsets(kernel: ChainKernel, rng: np.random.Generator, *, last: bool) -> npt.NDArray[np.int32]:
@@ -57,7 +57,22 @@ def random_offsets(kernel: ChainKernel, rng: np.random.Generator, *, last: bool)
     offsets = _offsets(kernel, work, last)
     rows = range(-(-work.out_channels // mixing.block))
     orders = [np.sort(rng.permutation(work.in_channels)[: mixing.kept]) for _ in rows]
-    return offsets[np.concatenate(orders)].astype(np.int32)
+    return _index(kernel, orders, offsets, last)
+
+
+def _index(
+    kernel: ChainKernel, orders: list[npt.NDArray[np.int64]], offsets: npt.NDArray[np.int64], last: bool
+) -> npt.NDArray[np.int32]:
+    """Return the table of a layer: where what each block row keeps lies.
+
+    The shares of a last layer count from their own first channel; where each one's part of a row begins stands behind.
+    """
+    if not last or kernel.shares == 1:
+        return np.concatenate([offsets[order] for order in orders]).astype(np.int32)
+    begins = offsets[list(kernel.share_channels[:-1])]
+    bounds = [np.searchsorted(order, kernel.share_channels) for order in orders]
+    found = [offsets[order] - np.repeat(begins, np.diff(ends)) for order, ends in zip(orders, bounds, strict=True)]
+    return np.concatenate(found + bounds).astype(np.int32)
 
 
 def _joined(groups: list[Array]) -> Array:

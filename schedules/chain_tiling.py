@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["chain_candidates", "chain_cycles", "choose_chain"]
+__all__ = ["chain_candidates", "chain_cycles", "choose_chain", "crossing_cycles"]
 
 _FMA_LATENCY = 4.0
 _LOADS_PER_CYCLE = 1.6
@@ -22,6 +23,10 @@ _STORE_CYCLES = 2.0
 _TASK_OVERHEAD = 300.0
 _STREAM_BYTES_PER_CYCLE = 12.0
 _L2_BYTES_PER_CYCLE = 64.0
+# What another core wrote last: 4 to 6 GB/s.
+_CROSSING_BYTES_PER_CYCLE = 2.0
+# Of each thread, for a second parallel loop.
+_LOOP_CYCLES = 2400.0
 _L1_BYTES = 40 * 1024
 _L2_BYTES = 1 << 20
 _MOST_BAND_BYTES = 3 << 19
@@ -76,6 +81,13 @@ def chain_candidates(
         for tile in tiles
         for last_tile in last_tiles
     ]
+    if last is not None and first.is_pointwise:
+        found += [
+            replace(kernel, shares=shares)
+            for kernel in found
+            if not kernel.staged
+            for shares in _share_counts(kernel, machine)
+        ]
     small = [kernel for kernel in found if _band_bytes(kernel) <= _MOST_BAND_BYTES]
     return small or found[:1]
 
@@ -87,6 +99,16 @@ def _band_rows(height: int) -> Iterator[int]:
         if rows not in seen and (rows >= 2 or height < 2):
             seen.add(rows)
             yield rows
+
+
+def _share_counts(kernel: ChainKernel, machine: Machine) -> list[int]:
+    """Return the counts of shares that give about as many tasks as there are threads, where bands are too few."""
+    bands = kernel.depthwise.batch * kernel.bands
+    found = set()
+    for shares in {machine.threads // bands, -(-machine.threads // bands)}:
+        if 1 < shares <= kernel.hidden_groups:  # rounded down to what leaves none empty
+            found.add(-(-kernel.hidden_groups // -(-kernel.hidden_groups // shares)))
+    return sorted(found)
 
 
 def _vector_counts(work: ConvWorkload, kept: Mixing, machine: Machine) -> Sequence[int]:
@@ -108,27 +130,73 @@ def _band_bytes(kernel: ChainKernel) -> int:
 def chain_cycles(kernel: ChainKernel, machine: Machine) -> float:
     """Return the model's cycles, those of idle threads included."""
     work = kernel.depthwise
-    # Rows of the first layer that neighbouring bands share are computed by both.
-    rows = min(kernel.bands * kernel.in_rows - sum(work.padding[::2]), kernel.bands * work.height)
-    first = _mix_cycles(kernel, kernel.first, kernel.mixing, max(rows, work.height))
-    depthwise = _depthwise_cycles(kernel)
+    cycles = _mix_cycles(kernel, kernel.first, kernel.mixing, _first_rows(kernel)) + _depthwise_cycles(kernel)
     tasks = work.batch * kernel.bands
+    last = 0.0
+    if kernel.last is not None:
+        last = _mix_cycles(kernel, kernel.last, kernel.last_mixing, work.out_height)
     if kernel.staged:
-        groups = -(-kernel.hidden_vectors // kernel.mixing.vectors)
-        cycles = (first + depthwise) * machine.imbalance(tasks * groups) + tasks * groups * _TASK_OVERHEAD
+        groups = kernel.hidden_groups
+        cycles = cycles * _busiest(kernel, groups, 1, machine) + tasks * groups * _TASK_OVERHEAD
         if kernel.last is not None:
             groups = -(-kernel.out_vectors // kernel.last_mixing.vectors)
-            last = _mix_cycles(kernel, kernel.last, kernel.last_mixing, work.out_height)
-            cycles += last * machine.imbalance(tasks * groups) + tasks * groups * _TASK_OVERHEAD
-            hidden_bytes = 4 * work.batch * kernel.hidden_vectors * kernel.hidden_plane
-            if hidden_bytes > _L2_BYTES:
-                cycles += (1 + groups) * hidden_bytes / _STREAM_BYTES_PER_CYCLE
+            cycles += last * _busiest(kernel, groups, 1, machine) + tasks * groups * _TASK_OVERHEAD
+            if _hidden_bytes(kernel) > _L2_BYTES:
+                cycles += (1 + groups) * _hidden_bytes(kernel) / _STREAM_BYTES_PER_CYCLE
     else:
-        cycles = first + depthwise
-        if kernel.last is not None:
-            cycles += _mix_cycles(kernel, kernel.last, kernel.last_mixing, work.out_height)
-        cycles = cycles * machine.imbalance(tasks) + tasks * _TASK_OVERHEAD
-    return cycles + _weight_cycles(kernel)
+        share = kernel.share_groups
+        cycles = (cycles + last) * _busiest(kernel, kernel.hidden_groups, share, machine)
+        cycles += tasks * kernel.shares * _TASK_OVERHEAD
+        if kernel.shares > 1:
+            cycles += work.batch * kernel.out_vectors * work.out_pixels * (kernel.shares + _STORE_CYCLES)
+    return cycles + _weight_cycles(kernel, machine) + crossing_cycles(kernel, machine)
+
+
+def crossing_cycles(kernel: ChainKernel, machine: Machine) -> float:
+    """Return the cycles in which threads wait for what others wrote, and for each other.
+
+    The layer before is taken to be cut into rows as this one is.
+    """
+    if machine.threads == 1:
+        return 0.0
+    first, last = kernel.first, kernel.output
+    sizes = 4 * math.prod(first.input_shape), 4 * math.prod(last.output_shape)
+    bands = first.batch * kernel.bands
+    per_band = max(1.0, machine.threads / bands)
+    # Of the rows that neighbouring bands share, those of one thread's bands stay with it.
+    between = (min(machine.threads, bands) - 1) / max(1, bands - 1)
+    shared = (_first_rows(kernel) / first.out_height - 1) * between
+    crossing = (per_band * (1 + shared) - 1) * sizes[0]
+    if kernel.staged and kernel.last is not None:
+        crossing += (per_band - 1) * _hidden_bytes(kernel)
+    crossing += (kernel.shares - 1) * sizes[1]
+    loops = kernel.shares > 1 or (kernel.staged and kernel.last is not None)
+    return crossing / _CROSSING_BYTES_PER_CYCLE + loops * machine.threads * _LOOP_CYCLES
+
+
+def _hidden_bytes(kernel: ChainKernel) -> int:
+    return 4 * kernel.first.batch * kernel.hidden_vectors * kernel.lanes * kernel.depthwise.out_pixels
+
+
+def _first_rows(kernel: ChainKernel) -> int:
+    """Return the rows of the first layer of all bands: those that neighbours share are computed by both."""
+    work = kernel.depthwise
+    tops = [band * kernel.rows * work.stride[0] - work.padding[0] for band in range(kernel.bands)]
+    return max(sum(min(top + kernel.in_rows, work.height) - max(top, 0) for top in tops), work.height)
+
+
+def _busiest(kernel: ChainKernel, groups: int, per_task: int, machine: Machine) -> float:
+    """Return how many times longer the thread with the most work takes than if all had as much.
+
+    Each task is a band of so many of the groups of channels; threads get equal numbers of consecutive tasks.
+    """
+    height = kernel.depthwise.out_height
+    rows = [min(kernel.rows, height - start) for start in range(0, height, kernel.rows)]
+    parts = [min(per_task, groups - start) for start in range(0, groups, per_task)]
+    tasks = [count * part for count in rows for part in parts] * kernel.depthwise.batch
+    step = -(-len(tasks) // machine.threads)
+    most = max(sum(tasks[start : start + step]) for start in range(0, len(tasks), step))
+    return most * machine.threads / sum(tasks)
 
 
 def _mix_cycles(kernel: ChainKernel, work: ConvWorkload, mixing: Mixing, rows: int) -> float:
@@ -166,13 +234,15 @@ def _depthwise_cycles(kernel: ChainKernel) -> float:
     return work.batch * kernel.hidden_vectors * work.out_pixels * vector
 
 
-def _weight_cycles(kernel: ChainKernel) -> float:
-    """Cycles of bringing weights from beyond L2, and those of many bands from L2."""
+def _weight_cycles(kernel: ChainKernel, machine: Machine) -> float:
+    """Cycles of bringing weights from beyond L2, for each thread that has bands, and those of further ones from L2."""
     sizes = [
         4 * work.out_channels * (mixing.kept or work.in_channels) * work.taps
         for work, mixing in ((kernel.first, kernel.mixing), (kernel.last, kernel.last_mixing))
         if work is not None
     ]
-    once = sum(sizes) / _STREAM_BYTES_PER_CYCLE
+    size = math.fsum(sizes)
     bands = kernel.depthwise.batch * kernel.bands
-    return once + (bands - 1) * sum(sizes) / _L2_BYTES_PER_CYCLE * (0.0 if math.fsum(sizes) < _L1_BYTES / 2 else 1.0)
+    readers = min(machine.threads, bands)
+    again = 0.0 if size < _L1_BYTES / 2 else (bands - readers) * size / _L2_BYTES_PER_CYCLE
+    return readers * size / _STREAM_BYTES_PER_CYCLE + again

@@ -6,7 +6,8 @@ import numpy as np
 import tvm
 
 from tvm_nm.schedules.chain import ChainKernel
-from tvm_nm.schedules.chain_code import argument_shapes, chain_prim_func
+from tvm_nm.schedules.chain_arguments import argument_shapes
+from tvm_nm.schedules.chain_code import chain_prim_func
 from tvm_nm.schedules.chain_packing import random_offsets
 from tvm_nm.schedules.chain_tiling import chain_candidates, chain_cycles
 from tvm_nm.schedules.families.base import Array, KernelFamily, RandomValues, nearest_sizes
@@ -43,15 +44,15 @@ class ChainFamily(KernelFamily[ChainKernel]):
         return chain_prim_func(kernel)
 
     def text(self, kernel: ChainKernel) -> str:
-        """Return `chain TILES band|staged ROWS`."""
+        """Return `chain TILES band|staged ROWS[, N shares]`."""
         return str(kernel)
 
     def steps(self, kernel: ChainKernel, machine: Machine) -> list[ChainKernel]:
-        """Return other tiles, bands that are one size smaller or larger, and the other way to hold what is between."""
+        """Return other tiles, bands of the sizes beside, other shares, and the other way to hold what is between."""
         found = self.candidates(KernelTask.of(kernel, machine.threads), machine)
         rows = {kernel.rows, *nearest_sizes([k.rows for k in found], kernel.rows)}
         near = [k for k in found if k.rows in rows]
-        return self._beside(kernel, near, ("staged", "mixing", "last_mixing", "rows"), machine)
+        return self._beside(kernel, near, ("staged", "mixing", "last_mixing", "cut"), machine)
 
     def random_arguments(self, kernel: ChainKernel, rng: np.random.Generator) -> list[Array]:
         """Return valid arguments, the output last."""

@@ -18,10 +18,11 @@ from test_weight_stream import RISCV
 
 from tvm_nm.schedules.apply import schedule_function
 from tvm_nm.schedules.blocked_layout import blocked_layout_func
-from tvm_nm.schedules.chain import ChainKernel, Mixing, blocked_shape, chain_applies
-from tvm_nm.schedules.chain_code import argument_shapes, chain_prim_func
+from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing, blocked_shape, chain_applies
+from tvm_nm.schedules.chain_arguments import argument_shapes
+from tvm_nm.schedules.chain_code import chain_prim_func
 from tvm_nm.schedules.chain_packing import channel_vectors, pack_depthwise, pack_mixing
-from tvm_nm.schedules.chain_tiling import chain_candidates, chain_cycles, choose_chain
+from tvm_nm.schedules.chain_tiling import chain_candidates, chain_cycles, choose_chain, crossing_cycles
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch
 from tvm_nm.schedules.machine import Machine, machine_of, target_from_json
 from tvm_nm.workload import ConvWorkload, Epilogue
@@ -48,6 +49,7 @@ class Case:
     kept: tuple[Mixing, Mixing]
     blocked: bool
     target: str
+    threads: int
     variant: int
     seed: int
 
@@ -84,9 +86,8 @@ def cases(draw: st.DrawFn) -> Case:
         for work in (first, last)
     )
     blocked = first.is_pointwise and draw(st.booleans())
-    return Case(
-        (first, depthwise, last), kept, blocked, target, draw(st.integers(0, 99)), draw(st.integers(0, 2**32 - 1))
-    )
+    threads, variant = draw(st.integers(1, 6)), draw(st.integers(0, 99))
+    return Case((first, depthwise, last), kept, blocked, target, threads, variant, draw(st.integers(0, 2**32 - 1)))
 
 
 def _window(
@@ -143,10 +144,14 @@ def run(kernel: ChainKernel, weights: list[np.ndarray], target: object, rng: np.
     )
 
 
-def check(case: Case) -> None:
+def check(case: Case, *, in_shares: bool = False) -> None:
     target = TARGETS[case.target]
     assert chain_applies(*case.layers)
-    candidates = chain_candidates(case.layers, machine_of(target), kept=case.kept, blocked_input=case.blocked)
+    machine = replace(machine_of(target), threads=case.threads)
+    candidates = chain_candidates(case.layers, machine, kept=case.kept, blocked_input=case.blocked)
+    if in_shares:
+        candidates = [kernel for kernel in candidates if kernel.shares > 1]
+        assume(candidates)
     kernel = candidates[case.variant % len(candidates)]
     rng = np.random.default_rng(case.seed)
     weights = [
@@ -161,6 +166,19 @@ def check(case: Case) -> None:
 @given(cases())
 def test_every_variant_computes_its_layers(case: Case) -> None:
     check(case)
+
+
+@settings(max_examples=6, **PROPERTY)  # type: ignore[arg-type]
+@given(cases())
+def test_shares_of_the_hidden_channels_compute_the_layers(case: Case) -> None:
+    check(case, in_shares=True)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, **PROPERTY)  # type: ignore[arg-type]
+@given(cases())
+def test_shares_of_the_hidden_channels_compute_the_layers_at_length(case: Case) -> None:
+    check(case, in_shares=True)
 
 
 @pytest.mark.slow
@@ -228,17 +246,47 @@ def test_fewer_weights_are_predicted_to_take_less_time() -> None:
     assert dense > cycles[0] > cycles[1]
 
 
-def test_two_threads_have_tasks() -> None:
-    """No variant that leaves one of two threads without work is chosen."""
-    machine = Machine(AVX512.lanes, AVX512.registers, 2)
+def machine_with(threads: int) -> Machine:
+    return Machine(AVX512.lanes, AVX512.registers, threads)
+
+
+@pytest.mark.parametrize("threads", [2, 4, 8, 16])
+def test_threads_have_tasks(threads: int) -> None:
+    """No variant that leaves much of the threads without work is chosen."""
     for layers in (block(16, 112, 96, 2, 24), block(96, 14, 576, 2, 160), block(160, 7, 960, 1, 160)):
-        kernel = choose_chain(layers, machine)
-        assert kernel.staged or kernel.bands % 2 == 0
+        kernel = choose_chain(layers, machine_with(threads))
+        assert kernel.staged or 4 * kernel.bands * kernel.shares >= 3 * threads
 
 
-def in_bands(layers: Layers, rows: int) -> ChainKernel:
+def test_small_maps_are_cut_so_that_little_crosses_cores() -> None:
+    """Bands and shares read little of what another thread wrote; two stages read half of all hidden channels."""
+    for layers in (block(64, 14, 384, 1, 64), block(96, 14, 576, 1, 96), block(160, 7, 960, 1, 160)):
+        machine = machine_with(2)
+        kernel = choose_chain(layers, machine, blocked_input=True)
+        assert not kernel.staged
+        assert kernel.bands * kernel.shares == 2
+        staged = replace(kernel, rows=kernel.depthwise.out_height, shares=1, staged=True)
+        assert crossing_cycles(kernel, machine) < crossing_cycles(staged, machine) / 2
+
+
+def test_one_thread_waits_for_no_other_and_has_no_shares() -> None:
+    layers = block(160, 7, 960, 1, 160)
+    found = chain_candidates(layers, machine_with(1))
+    assert {kernel.shares for kernel in found} == {1}
+    assert {crossing_cycles(kernel, machine_with(1)) for kernel in found} == {0.0}
+
+
+@pytest.mark.parametrize(("hidden", "threads"), [(960, 16), (70, 4), (33, 2), (16, 8)])
+def test_no_share_is_empty(hidden: int, threads: int) -> None:
+    for kernel in chain_candidates(block(32, 7, hidden, 1, 32), machine_with(threads)):
+        sizes = np.diff(kernel.share_channels)
+        assert (sizes > 0).all()
+        assert sizes.sum() == hidden
+
+
+def in_bands(layers: Layers, rows: int, kept: tuple[Mixing, Mixing] = (KEEP_ALL, KEEP_ALL)) -> ChainKernel:
     """Return the usual variant, but with bands of some rows."""
-    kernel = choose_chain(layers, machine_of(SERVER), blocked_input=True)
+    kernel = choose_chain(layers, machine_of(SERVER), kept=kept, blocked_input=True)
     return replace(kernel, rows=rows, staged=False)
 
 
@@ -248,6 +296,8 @@ def in_bands(layers: Layers, rows: int) -> ChainKernel:
         choose_chain(block(24, 56, 144, 1, 24), machine_of(SERVER), blocked_input=True),
         choose_chain(block(160, 7, 960, 1, 160, residual=True), machine_of(SERVER), blocked_input=True),
         in_bands(block(96, 14, 576, 1, 96, residual=True), 7),  # its weights are fetched ahead
+        replace(in_bands(block(160, 7, 960, 1, 160, residual=True), 7), shares=2),
+        replace(in_bands(block(160, 7, 960, 1, 160), 7, (Mixing(0, 40, 16), Mixing(0, 240, 16))), shares=2),
     ],
     ids=str,
 )
@@ -257,6 +307,8 @@ def test_sums_stay_in_registers(kernel: ChainKernel) -> None:
     text = executable.mod.inspect_source("asm")
     loops = [loop for loop in inner_loops(text) if fma_count(loop, "zmm") >= 24]
     assert len(loops) >= 3
+    # The address of an input is computed once for a tile: offsets below zero would be widened for each pixel.
+    assert all(sum(line.startswith("movslq") for line in loop) <= 2 for loop in loops)
     assert not [loop for loop in loops if spills(loop)]
     # Only the depthwise loops store, and a sum only once all its taps are added.
     stores = re.compile(r"vmov[au]p[sd]\s+%zmm\d+, ")

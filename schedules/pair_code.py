@@ -16,7 +16,8 @@ Loop nest (AVX-512, tiles of 7 or 8 vectors)::
             acc[1][v] += W[1] * X'[v]
           scratch = acc, or out = act(acc + residual) after the last block
 
-How many inputs both channels keep differs from pair to pair. Meanwhile are fetched: the next block's inputs, the next
+How many inputs both channels keep differs from pair to pair, and which channels are a pair, and their order, from block
+to block: the table says so. Meanwhile are fetched: the next block's inputs, the next
 weights, and in the last block the lines that the next pair's outputs go to.
 
 Written as TensorIR directly: the loops over a pair's inputs have bounds that are known only to the table.
@@ -34,7 +35,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 -- as TVM's own script
 from tvm_nm.schedules.chain_loops import activated, add_to, divided, flat_function, load, registers, store_vector
 from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
-from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.pair_conv import HEADER, PairConvKernel
 from tvm_nm.schedules.row_copy import LONGEST_STRIDE, columns_of, pieces
 
 __all__ = ["pair_conv_prim_func"]
@@ -180,56 +181,62 @@ class _Code:
         vectors, kept = kernel.vectors(pixels), kernel.kept_per_block
         weight, index, bias = (self._buffers[name] for name in ("weight", "index", "bias"))
         block, first_pair, p = place
-        pair = T.Bind(first_pair + p)
-        row = T.Bind(block * kernel.pairs + pair)
+        row = T.Bind(block * kernel.pairs + first_pair + p)
         weights = T.Bind(row * (2 * kept))
-        entries = T.Bind(row * (1 + 2 * kept))
-        carried = T.Bind(p * (2 * vectors * lanes))
+        entries = T.Bind(row * (HEADER + 2 * kept))
+        channels = [self._channel(entries, which) for which in range(2)]
+        slots = [T.Bind((channel - first_pair * 2) * (vectors * lanes)) for channel in channels]
         sums = registers(2 * vectors, lanes)
 
         def begin_with_bias() -> None:
-            for channel in range(2):
-                value = T.Bind(tirx.Broadcast(bias[pair * 2 + channel], lanes))
+            for which, channel in enumerate(channels):
+                value = T.Bind(tirx.Broadcast(bias[channel], lanes))
                 for v in range(vectors):
-                    store_vector(sums[channel * vectors + v], 0, value, lanes)
+                    store_vector(sums[which * vectors + v], 0, value, lanes)
 
         def begin_with_carried() -> None:
-            for v, register in enumerate(sums):
-                store_vector(register, 0, load(scratch, carried + v * lanes, lanes), lanes)
+            for i, register in enumerate(sums):
+                store_vector(register, 0, load(scratch, slots[i // vectors] + i % vectors * lanes, lanes), lanes)
 
         def carry() -> None:
-            for v, register in enumerate(sums):
-                store_vector(scratch, carried + v * lanes, load(register, 0, lanes), lanes)
+            for i, register in enumerate(sums):
+                store_vector(scratch, slots[i // vectors] + i % vectors * lanes, load(register, 0, lanes), lanes)
 
         def finish() -> None:
-            for channel in range(2):
-                at = T.Bind(self._output(image, pair * 2 + channel, start))
+            for which, channel in enumerate(channels):
+                at = T.Bind(self._output(image, channel, start))
                 for v in range(vectors):
-                    self._store(load(sums[channel * vectors + v], 0, lanes), at + min(v * lanes, pixels - lanes))
+                    self._store(load(sums[which * vectors + v], 0, lanes), at + min(v * lanes, pixels - lanes))
 
         last = block == kernel.blocks - 1
         _either(kernel.blocks > 1, block == 0, begin_with_bias, begin_with_carried)
         for line in range(-(-2 * kept // _LINE)):
             T.add_to_parent(fetch(Fetch.AHEAD, weight, [weights + _AHEAD + line * _LINE]))
-        _either(kernel.blocks > 1, last, lambda: self._fetch_output(image, pair, start, pixels), None)
+        _either(kernel.blocks > 1, last, lambda: self._fetch_output(image, row, p, start, pixels), None)
         self._fetch_inputs(source, begin, block, p, pixels)
 
         shared = T.Bind(index[entries].astype("int32"))
+
         with T.serial(0, shared) as i:
-            at = T.Bind(index[entries + 1 + 2 * i].astype("int32") * (vectors * lanes))
-            both = [T.Bind(tirx.Broadcast(weight[weights + 2 * i + channel], lanes)) for channel in range(2)]
+            at = T.Bind(index[entries + HEADER + 2 * i].astype("int32") * (vectors * lanes))
+            both = [T.Bind(tirx.Broadcast(weight[weights + 2 * i + which], lanes)) for which in range(2)]
             for v in range(vectors):
                 value = T.Bind(load(inputs, at + v * lanes, lanes))
-                for channel in range(2):
-                    add_to(sums[channel * vectors + v], both[channel] * value, lanes)
+                for which in range(2):
+                    add_to(sums[which * vectors + v], both[which] * value, lanes)
         with T.serial(0, kept - shared) as i:
             entry = T.Bind(shared + i)
-            for channel in range(2):
-                at = T.Bind(index[entries + 1 + 2 * entry + channel].astype("int32") * (vectors * lanes))
-                scale = T.Bind(tirx.Broadcast(weight[weights + 2 * entry + channel], lanes))
+            for which in range(2):
+                at = T.Bind(index[entries + (HEADER + which) + 2 * entry].astype("int32") * (vectors * lanes))
+                scale = T.Bind(tirx.Broadcast(weight[weights + 2 * entry + which], lanes))
                 for v in range(vectors):
-                    add_to(sums[channel * vectors + v], scale * load(inputs, at + v * lanes, lanes), lanes)
+                    add_to(sums[which * vectors + v], scale * load(inputs, at + v * lanes, lanes), lanes)
         _either(kernel.blocks > 1, last, finish, carry)
+
+    def _channel(self, entries: Any, which: int) -> Any:
+        """Return an output channel of a pair."""
+        low, high = (self._buffers["index"][entries + 1 + 2 * which + i].astype("int32") for i in range(2))
+        return T.Bind(low + high * 256)
 
     def _output(self, image: Any, channel: Any, start: Any) -> Any:
         """Return where a tile begins in a channel of the output."""
@@ -241,10 +248,13 @@ class _Code:
             value = value + load(self._buffers["residual"], at, self._lanes)
         store_vector(self._buffers["out"], at, activated(value, epilogue, self._lanes), self._lanes)
 
-    def _fetch_output(self, image: Any, pair: Any, start: Any, pixels: int) -> None:
+    def _fetch_output(self, image: Any, row: Any, p: Any, start: Any, pixels: int) -> None:
         """Fetch the lines that a later pair's epilogue touches, which lie in other pages: nobody else foresees them."""
-        for channel in range(2):
-            at = T.Bind(self._output(image, (pair + _OUTPUTS_AHEAD) * 2 + channel, start))
+        kernel = self._kernel
+        ahead = T.Bind(tirx.min(p + _OUTPUTS_AHEAD, kernel.pairs_per_task - 1) - p + row)
+        entries = T.Bind(ahead * (HEADER + 2 * kernel.kept_per_block))
+        for which in range(2):
+            at = T.Bind(self._output(image, self._channel(entries, which), start))
             for pixel in sorted({*range(0, pixels, _LINE), pixels - 1}):
                 T.add_to_parent(fetch(Fetch.WRITE, self._buffers["out"], [at + pixel]))
                 if self._work.epilogue.residual:

@@ -3,9 +3,9 @@
     Y[oc, q] = sum over kept (ic, ky, kx) of W[oc, ic, ky, kx] * X[ic, offset(ky, kx) + q]
 
 Vectors run over pixels. Each output channel of an N:M layer keeps inputs of its own, so that computed alone each FMA
-needs a load, and the load ports are the limit. Two channels of a 2:4 layer have a quarter of all inputs in common: such
-an input is loaded once for both. Packing sorts each pair's inputs into those of both and those of one; sums may be
-added up in any order.
+needs a load, and the load ports are the limit. Any two channels of a 2:4 layer have a quarter of all inputs in common:
+such an input is loaded once for both. Packing chooses, for each block of the reduction anew, the pairs that have most
+in common, and sorts each pair's inputs into those of both and those of one; sums may be added up in any order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["PairConvKernel"]
+__all__ = ["HEADER", "MOST_ROWS", "NEIGHBOURS", "PairConvKernel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +115,10 @@ class PairConvKernel:
     def index_shape(self) -> tuple[int, ...]:
         """Shape of the index table, uint8.
 
-        For each block and pair first how many of the entries that follow are inputs of both channels, then for each
-        weight of either channel the row of its input in the block; the second of an input of both is not read.
+        For each block and pair first how many inputs both channels keep, then the two channels, low byte first; then
+        for each weight of either channel the row of its input in the block; the second of an input of both is not read.
         """
-        return (self.blocks, self.pairs, 1 + 2 * self.kept_per_block)
+        return (self.blocks, self.pairs, HEADER + 2 * self.kept_per_block)
 
     @property
     def packed_bytes(self) -> int:
@@ -171,5 +171,9 @@ class PairConvKernel:
         return f"channel-pair {self.vectors(self.tile_pixels)} vectors, {self.blocks} blocks"
 
 
+HEADER = 5
+"""Bytes of the table before a pair's inputs."""
 MOST_ROWS = 256
 """Rows of a block that the table can tell apart."""
+NEIGHBOURS = 256
+"""Output channels among which pairs are sought: more gain little, and take time that grows with the square."""

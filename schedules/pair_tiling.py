@@ -9,17 +9,20 @@ them within the network: 6% off on average.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from tvm_nm.schedules.machine import Machine
-from tvm_nm.schedules.pair_conv import MOST_ROWS, PairConvKernel
+from tvm_nm.schedules.pair_conv import MOST_ROWS, NEIGHBOURS, PairConvKernel
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["pair_candidates", "pair_cycles"]
+__all__ = ["pair_candidates", "pair_cycles", "shared_inputs"]
 
 _FMAS_PER_CYCLE = 1.9
 _LOADS_PER_CYCLE = 1.7
 _VISIT_CYCLES = 15.0
+_CHOSEN = 0.85
+"""Of how far the largest of as many normal variables as a channel has to choose from lies above their mean."""
 _CARRY_CYCLES_PER_VECTOR = 4.6
 _OUTPUT_CYCLES_PER_VECTOR = 13.0
 _PACK_CYCLES_PER_VECTOR = 6.5
@@ -47,7 +50,7 @@ def pair_cycles(kernel: PairConvKernel, machine: Machine) -> float:
 def _tile_cycles(kernel: PairConvKernel, pixels: int) -> float:
     """Cycles of all channels of a tile."""
     vectors, kept = kernel.vectors(pixels), kernel.kept_per_block
-    shared = kept * kernel.of_group / kernel.group
+    shared = shared_inputs(kernel)
     step_of_both = max(2 * vectors / _FMAS_PER_CYCLE, (vectors + 2) / _LOADS_PER_CYCLE)
     step_of_one = max(2 * vectors / _FMAS_PER_CYCLE, (2 * vectors + 2) / _LOADS_PER_CYCLE)
     visit = shared * step_of_both + (kept - shared) * step_of_one + _VISIT_CYCLES
@@ -56,6 +59,18 @@ def _tile_cycles(kernel: PairConvKernel, pixels: int) -> float:
     tasks = kernel.pairs // kernel.pairs_per_task
     packing = tasks * kernel.blocks * kernel.rows_per_block * vectors * _PACK_CYCLES_PER_VECTOR
     return kernel.pairs * (kernel.blocks * visit + carried + output) + packing
+
+
+def shared_inputs(kernel: PairConvKernel) -> float:
+    """Return how many inputs of a block both channels of a pair keep on average, of random weights.
+
+    The first find the best partner of many, the last have no choice.
+    """
+    kept, of_group, group = kernel.kept_per_block, kernel.of_group, kernel.group
+    share = of_group / group
+    spread = math.sqrt(kept * share * (1 - share) * (group - of_group) / max(1, group - 1))
+    choice = min(2 * kernel.pairs_per_task, NEIGHBOURS)
+    return min(float(kept), kept * share + _CHOSEN * spread * math.sqrt(2 * math.log(choice / 2)))
 
 
 def pair_candidates(work: ConvWorkload, machine: Machine, of_group: int, group: int) -> list[PairConvKernel]:

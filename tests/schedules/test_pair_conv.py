@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tvm
 from hypothesis import HealthCheck, assume, given, settings
@@ -19,9 +20,9 @@ from tvm_nm.patterns import NM
 from tvm_nm.schedules.apply import pass_context, schedule_function
 from tvm_nm.schedules.machine import Machine, machine_of
 from tvm_nm.schedules.pair_code import pair_conv_prim_func
-from tvm_nm.schedules.pair_conv import PairConvKernel
+from tvm_nm.schedules.pair_conv import HEADER, PairConvKernel
 from tvm_nm.schedules.pair_packing import pack_pair_conv, random_pairs
-from tvm_nm.schedules.pair_tiling import pair_candidates, pair_cycles
+from tvm_nm.schedules.pair_tiling import pair_candidates, pair_cycles, shared_inputs
 from tvm_nm.schedules.variants import kernel_from_text, neighbours, ranked_kernels, variant_text
 from tvm_nm.workload import ConvWorkload, Epilogue
 
@@ -112,12 +113,23 @@ def test_packing_loses_nothing(case: tuple[Case, PairConvKernel]) -> None:
     assert (packed.values.shape, packed.index.shape) == (kernel.weight_shape, kernel.index_shape)
     assert (packed.values.dtype, packed.index.dtype) == (np.float32, np.uint8)
     assert packed.bytes == kernel.packed_bytes
-    found = np.zeros((kernel.pairs, 2, kernel.blocks, kernel.rows_per_block), np.float32)
-    for block, pair, i, channel in np.ndindex(packed.values.shape):
-        shared, *entries = packed.index[block, pair]
-        row = entries[2 * i + (0 if i < shared else channel)]
-        found[pair, channel, block, row] += packed.values[block, pair, i, channel]
+    channels = channels_of(packed.index)
+    found = np.zeros((of.work.out_channels, kernel.blocks, kernel.rows_per_block), np.float32)
+    for block, pair, i, which in np.ndindex(packed.values.shape):
+        shared, entries = packed.index[block, pair, 0], packed.index[block, pair, HEADER:]
+        row = entries[2 * i + (0 if i < shared else which)]
+        found[channels[block, pair, which], block, row] += packed.values[block, pair, i, which]
     np.testing.assert_array_equal(found.reshape(weights.shape), weights)
+    # A task finds the sums of its channels in its own scratch.
+    of_tasks = channels.reshape(kernel.blocks, -1, 2 * kernel.pairs_per_task)
+    expected = np.arange(of.work.out_channels).reshape(1, -1, 2 * kernel.pairs_per_task)
+    np.testing.assert_array_equal(np.sort(of_tasks, axis=-1), np.broadcast_to(expected, of_tasks.shape))
+
+
+def channels_of(table: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """The pairs (blocks, pairs, 2) of a table."""
+    low_first = table[..., 1:HEADER].astype(np.int64)
+    return low_first[..., ::2] + 256 * low_first[..., 1::2]
 
 
 def test_packing_refuses_what_does_not_fit() -> None:
@@ -135,8 +147,38 @@ def test_inputs_that_both_channels_keep_are_loaded_once() -> None:
     assert (table[..., 0] == kernel.kept_per_block).all()
     random = random_pairs(kernel, np.random.default_rng(0))
     assert random.shape == kernel.index_shape
-    assert random[..., 1:].max() < kernel.rows_per_block
-    assert abs(random[..., 0].mean() / kernel.kept_per_block - 0.5) < 0.1
+    assert random[..., HEADER:].max() < kernel.rows_per_block
+
+
+@pytest.mark.parametrize("pattern", [NM(1, 4), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("outputs", [64, 512, 600])
+def test_pairs_have_more_in_common_than_neighbours(outputs: int, pattern: NM) -> None:
+    kernel = pair_candidates(layer(64, outputs, 14, 3), AVX512, pattern.n, pattern.m)[0]
+    weights = weights_of(kernel.workload, pattern, 0)
+    table = pack_pair_conv(kernel, weights).index
+    assert table is not None
+    kept, shared = weights.reshape(outputs, kernel.blocks, -1) != 0, table[..., 0]
+    for block, pair in np.ndindex(*shared.shape):
+        one, other = kept[channels_of(table)[block, pair], block]
+        assert shared[block, pair] == (one & other).sum()
+    neighbours = (kept[::2] & kept[1::2]).sum(axis=-1).mean()
+    assert shared.mean() > 1.2 * neighbours
+    assert shared.mean() == pytest.approx(shared_inputs(kernel), rel=0.1)
+    assert shared.mean() == pytest.approx(random_pairs(kernel, np.random.default_rng(0))[..., 0].mean(), rel=0.1)
+    of_tasks = shared.reshape(kernel.blocks, -1, kernel.pairs_per_task).astype(int)
+    assert (np.diff(of_tasks, axis=-1) <= 0).all()  # first those that have most in common
+
+
+def test_pairs_of_a_channel_and_its_copy() -> None:
+    rng = np.random.default_rng(0)
+    kernel = pair_candidates(layer(64, 32, 14, 3), AVX512, 1, 4)[0]
+    weights = weights_of(kernel.workload, NM(1, 4), 0)
+    order = rng.permutation(16)
+    weights[16:] = weights[order]
+    packed = pack_pair_conv(kernel, weights)
+    assert packed.index is not None
+    channels = np.sort(channels_of(packed.index), axis=-1)
+    np.testing.assert_array_equal(channels[..., 0], order[channels[..., 1] - 16])
 
 
 @pytest.mark.parametrize("machine", [AVX512, AVX2, NEON, SSE])

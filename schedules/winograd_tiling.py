@@ -3,8 +3,9 @@
 The model counts the cycles of each stage on one thread, in the units of `pixel_cycles.predicted_cycles`: the matrix
 products by FMAs and loads, the transforms by channel vectors of a tile and of its pixels, and what is streamed from
 beyond L2: the weights, once for each chunk, and the transformed inputs, once for each block of output channels, where
-they exceed L2; with several threads, what one core reads that another has written. Its constants are such that, of the tasks
-for which records ship with the package, 94 of 98 get the faster of a Winograd and a direct kernel (AVX-512 server).
+they exceed L2; with several threads, what one core reads that another has written. Its constants are such that, of the
+tasks for which records ship with the package, 94 of 98 get the faster of a Winograd and a direct kernel (AVX-512
+server).
 """
 
 from __future__ import annotations

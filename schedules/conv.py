@@ -18,6 +18,7 @@ import tvm
 from tvm import te, tirx
 
 from tvm_nm.schedules.conv_arguments import ConvArguments
+from tvm_nm.schedules.decisions import task_rows
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.flat_rows import flat_row, with_flat_output
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
@@ -129,6 +130,11 @@ class ConvKernel:
             and self.workload.out_channels_per_group % self.block == 0
             and self.block % self.oc_tile == 0
         )
+
+    @property
+    def task_rows(self) -> list[int]:
+        """Block rows that one parallel task may compute."""
+        return task_rows(self.block_rows, self.workload.groups, stores_from_registers=self.stores_from_registers)
 
     @property
     def panel(self) -> int:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
-from tvm_nm.schedules.decisions import task_rows
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry, candidate_geometries
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.pixel_cycles import (
@@ -152,7 +151,7 @@ def _rows_per_task(kernel: ConvKernel, machine: Machine, scratch: int) -> int:
     # Where tiles are stored from registers there is no scratch.
     limit = math.inf if geometry.flat and not kernel.kept_per_block else scratch
     best = 1
-    for per_task in task_rows(rows, work.groups, stores_from_registers=kernel.stores_from_registers):
+    for per_task in kernel.task_rows:
         tasks = others * rows // per_task
         balanced = tasks % machine.threads == 0 or tasks >= 8 * machine.threads
         if per_task * bytes_per_row <= limit and balanced:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tvm
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind, conv_prim_func
-from tvm_nm.schedules.decisions import divisors, task_rows
+from tvm_nm.schedules.decisions import divisors
 from tvm_nm.schedules.families.base import ConvFamily, nearest_sizes
 from tvm_nm.schedules.geometry import FLAT_SCOPES, CopyScope, PixelGeometry
 from tvm_nm.schedules.kernel_task import KernelTask
@@ -99,12 +99,12 @@ class PixelFamily(ConvFamily[ConvKernel]):
         block, kept = task.block or None, task.kept or task.inputs
         kernel = variant(geometry, machine, block, tile, task.index, kept, 0, SCRATCH_BYTES[0])
         vectors = min(vectors, geometry.vectors)
-        divides = kernel.block_rows % rows == 0
-        if not (1 <= tile * vectors <= machine.most_sums(tile) and divides):
-            raise ValueError(f"{text!r:.100} does not fit {task}")
         if cut:
             cut = min(divisors(kernel.kept), key=lambda length: abs(length - cut))
-        return replace(kernel, vectors_per_tile=vectors, rows_per_task=rows, kept_per_block=cut)
+        kernel = replace(kernel, vectors_per_tile=vectors, rows_per_task=rows, kept_per_block=cut)
+        if not (1 <= tile * vectors <= machine.most_sums(tile) and rows in kernel.task_rows):
+            raise ValueError(f"{text!r:.100} does not fit {task}")
+        return kernel
 
     def steps(self, kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
         """Return other decisions of the same layout, chunks, layouts and tiles of channels."""
@@ -137,8 +137,8 @@ def _decisions(kernel: ConvKernel) -> list[ConvKernel]:
     ]
     work = kernel.workload
     if work.out_channels_per_group % kernel.block == 0:
-        rows = task_rows(kernel.block_rows, work.groups, stores_from_registers=kernel.stores_from_registers)
-        steps += [replace(kernel, rows_per_task=near) for near in nearest_sizes(rows, kernel.rows_per_task)]
+        near_rows = nearest_sizes(kernel.task_rows, kernel.rows_per_task)
+        steps += [replace(kernel, rows_per_task=near) for near in near_rows]
     if kernel.kept_per_block:
         lengths = [length for length in divisors(kernel.kept) if length >= 4]
         steps += [replace(kernel, kept_per_block=near) for near in nearest_sizes(lengths, kernel.kept_per_block)]

@@ -14,7 +14,7 @@ from running import haswell, host_flags, masked_weights, run_conv
 
 from tvm_nm.schedules.apply import schedule_function
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
-from tvm_nm.schedules.decisions import divisors, task_rows
+from tvm_nm.schedules.decisions import divisors
 from tvm_nm.schedules.geometry import CopyScope, candidate_geometries
 from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.packing import kept_per_block_row, pack_conv
@@ -125,11 +125,6 @@ def test_many_random_convolutions(case: Case) -> None:
     check_case(case)
 
 
-def rows_of_tasks(kernel: ConvKernel) -> list[int]:
-    """The block rows a task may compute."""
-    return task_rows(kernel.block_rows, kernel.workload.groups, stores_from_registers=kernel.stores_from_registers)
-
-
 @st.composite
 def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]:
     """Kernels that tuning may try but the model would not choose: any layout, tile, task and reduction block."""
@@ -152,7 +147,7 @@ def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str
         kept_per_block=draw(st.sampled_from([0, *divisors(chosen.kept)])),
         index_dtype="int32",
     )
-    kernel = replace(kernel, rows_per_task=draw(st.sampled_from(rows_of_tasks(kernel))))
+    kernel = replace(kernel, rows_per_task=draw(st.sampled_from(kernel.task_rows)))
     return case.work, kernel, weights, case.target, case.seed
 
 
@@ -195,7 +190,7 @@ def panels(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, 
         index_dtype="uint8" if index is IndexKind.NONE else "uint16",
         kept_per_block=0,
     )
-    kernel = replace(kernel, rows_per_task=draw(st.sampled_from(rows_of_tasks(kernel))))
+    kernel = replace(kernel, rows_per_task=draw(st.sampled_from(kernel.task_rows)))
     return work, kernel, weights, name, seed
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing
+from tvm_nm.schedules.core_traffic import REMOTE_BYTES_PER_CYCLE
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
@@ -23,8 +24,6 @@ _STORE_CYCLES = 2.0
 _TASK_OVERHEAD = 300.0
 _STREAM_BYTES_PER_CYCLE = 12.0
 _L2_BYTES_PER_CYCLE = 64.0
-# What another core wrote last: 4 to 6 GB/s.
-_CROSSING_BYTES_PER_CYCLE = 2.0
 # Of each thread, for a second parallel loop.
 _LOOP_CYCLES = 2400.0
 _L1_BYTES = 40 * 1024
@@ -171,7 +170,7 @@ def crossing_cycles(kernel: ChainKernel, machine: Machine) -> float:
         crossing += (per_band - 1) * _hidden_bytes(kernel)
     crossing += (kernel.shares - 1) * sizes[1]
     loops = kernel.shares > 1 or (kernel.staged and kernel.last is not None)
-    return crossing / _CROSSING_BYTES_PER_CYCLE + loops * machine.threads * _LOOP_CYCLES
+    return crossing / REMOTE_BYTES_PER_CYCLE + loops * machine.threads * _LOOP_CYCLES
 
 
 def _hidden_bytes(kernel: ChainKernel) -> int:

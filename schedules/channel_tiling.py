@@ -14,7 +14,7 @@ from functools import partial
 
 from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.conv import IndexKind
-from tvm_nm.schedules.core_traffic import remote_bytes
+from tvm_nm.schedules.core_traffic import REMOTE_BYTES_PER_CYCLE, remote_bytes, remote_bytes_of_channels
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.pixel_tiles import map_cycles, pixel_tiles
 from tvm_nm.workload import ConvWorkload
@@ -29,7 +29,6 @@ _CARRY_CYCLES_PER_VECTOR = 1.5
 _STREAM_BYTES_PER_CYCLE = 12.0
 _MEMORY_BYTES_PER_CYCLE = 12.0
 _COPY_BYTES_PER_CYCLE = 8.0
-_REMOTE_BYTES_PER_CYCLE = 2.0
 _OUTPUT_CYCLES_PER_VECTOR = 36.0
 # A step reads a few pixels of another channel: beyond L1, another line, that no prefetcher follows.
 _NEAR_LINE_CYCLES = 2.0
@@ -110,13 +109,13 @@ def channel_cycles(kernel: ChannelConvKernel, machine: Machine) -> float:
     """Return the cycles of a kernel, those of idle threads included, as `pixel_cycles.predicted_cycles` counts."""
     tasks = kernel.workload.batch * kernel.workload.groups * kernel.block_rows * kernel.tiles
     cycles = predicted_channel_cycles(kernel) * machine.imbalance(tasks)
-    return cycles + _remote_bytes(kernel, machine) / _REMOTE_BYTES_PER_CYCLE
+    return cycles + _remote_bytes(kernel, machine) / REMOTE_BYTES_PER_CYCLE
 
 
 def _remote_bytes(kernel: ChannelConvKernel, machine: Machine) -> float:
     """Bytes that threads read from other cores: each reads the whole map, or its copy."""
     work = kernel.workload
-    copying = 0.0 if kernel.reads_input_directly else 4 * math.prod(work.input_shape) * (1 - 1 / machine.threads)
+    copying = 0.0 if kernel.reads_input_directly else remote_bytes_of_channels(work, machine)
     return copying + remote_bytes(work, machine, work.batch)
 
 

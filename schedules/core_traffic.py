@@ -11,7 +11,10 @@ import math
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
 
-__all__ = ["remote_bytes"]
+__all__ = ["REMOTE_BYTES_PER_CYCLE", "remote_bytes", "remote_bytes_of_channels", "remote_bytes_of_copy"]
+
+REMOTE_BYTES_PER_CYCLE = 2.0
+"""Of short reads."""
 
 _LINE = 64
 
@@ -36,3 +39,22 @@ def remote_bytes(work: ConvWorkload, machine: Machine, chunks: int) -> float:
     reached = 4 * work.width * max(0, (work.kernel[0] - 1) * work.dilation[0] + 1 - work.stride[0])
     lines = 2 * _LINE * (3 if work.epilogue.residual else 1)
     return whole + (parts - 1) * (work.in_channels * (reached + 2 * _LINE) + work.out_channels * lines)
+
+
+def remote_bytes_of_channels(work: ConvWorkload, machine: Machine) -> float:
+    """Return how many bytes of its input a layer reads from other cores whose tasks divide the input's channels."""
+    return 4 * math.prod(work.input_shape) * (1 - 1 / machine.threads)
+
+
+def remote_bytes_of_copy(work: ConvWorkload, machine: Machine, chunks: int, copied: int) -> float:
+    """Return how many bytes are read from other cores where all threads copy the input first, a channel at a time.
+
+    Parameters
+    ----------
+    work, machine, chunks
+        As of `remote_bytes`.
+    copied
+        Bytes of the copy. Whoever needs a part of it reads what other threads copied.
+    """
+    read = copied * machine.threads / min(chunks, machine.threads)
+    return remote_bytes_of_channels(work, machine) + read * (1 - 1 / machine.threads)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
-from tvm_nm.schedules.core_traffic import remote_bytes
+from tvm_nm.schedules.core_traffic import remote_bytes, remote_bytes_of_copy
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.workload import ConvWorkload
@@ -235,15 +235,13 @@ def _output_cycles(kernel: ConvKernel) -> float:
 
 def _remote_bytes(kernel: ConvKernel, machine: Machine) -> float:
     """Bytes that threads read from other cores: of the input, or of its copy."""
-    geometry, work, threads = kernel.geometry, kernel.workload, machine.threads
+    geometry, work = kernel.geometry, kernel.workload
     chunks = work.batch * geometry.chunks
     copied = geometry.copy is CopyScope.LAYER or (geometry.subsampled and not kernel.gathers_panels)
     if not copied:
         return remote_bytes(work, machine, chunks)
-    # The copy is made channel by channel, and then read by whoever needs it.
-    copies = 4 * work.batch * work.in_channels * (work.out_pixels if geometry.subsampled else geometry.channel_size)
-    others = 1 - 1 / threads
-    return others * (4 * math.prod(work.input_shape) + copies * threads / min(chunks, threads))
+    pixels = work.out_pixels if geometry.subsampled else geometry.channel_size
+    return remote_bytes_of_copy(work, machine, chunks, 4 * work.batch * work.in_channels * pixels)
 
 
 def predicted_cycles(kernel: ConvKernel, machine: Machine) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from tvm_nm.schedules.core_traffic import remote_bytes
+from tvm_nm.schedules.core_traffic import REMOTE_BYTES_PER_CYCLE, remote_bytes
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
 from tvm_nm.workload import ConvWorkload
@@ -31,7 +31,6 @@ _MAXIMA_CYCLES_PER_VALUE = 4.0  # the same where a quarter of the values is stor
 _L2_BYTES = 1 << 20
 _L2_BYTES_PER_CYCLE = 64.0
 _STREAM_BYTES_PER_CYCLE = 16.0
-_REMOTE_BYTES_PER_CYCLE = 2.0
 _MEMORY_BYTES_PER_CYCLE = 12.0
 # Between these counts and those of the direct kernels.
 _SCALE = 1.1
@@ -58,7 +57,7 @@ def winograd_cycles(kernel: WinogradKernel, machine: Machine) -> float:
     tasks = frequencies * kernel.oc_blocks if kernel.staged else kernel.chunks * kernel.parts
     cycles = (products + transforms + _stream_cycles(kernel, machine)) * machine.imbalance(tasks)
     cycles += _TASK_OVERHEAD * kernel.chunks * kernel.parts
-    return _SCALE * (cycles + _remote_bytes(kernel, machine) / _REMOTE_BYTES_PER_CYCLE)
+    return _SCALE * (cycles + _remote_bytes(kernel, machine) / REMOTE_BYTES_PER_CYCLE)
 
 
 def _step_cycles(kernel: WinogradKernel, tiles: int) -> float:

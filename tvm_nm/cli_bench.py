@@ -39,20 +39,21 @@ def bench_command(
     sparse layer alone beside the best dense kernel.
     """
     from tvm_nm.artifact import REPORT
-    from tvm_nm.json_file import write_text
+    from tvm_nm.json_file import check_writable, write_text
     from tvm_nm.report import layer_times_table, report_text, timing_table
     from tvm_nm.runtime import load
 
     with Steps() as steps:
         steps("loading")
         model = load(artifact, threads=threads)
+        if update_report:
+            check_writable(artifact / REPORT, "report")
         result = model.benchmark(against, rounds=rounds, layers=layers or update_report, progress=steps)
+    if json_file != "-":
+        if layers:
+            print_table(layer_times_table(result.layers))
+            click.echo()
+        print_table(timing_table(result.timings))
+    emit_json(result.to_dict(), json_file)
     if update_report:
         write_text(artifact / REPORT, report_text(model.manifest, result.layers), "report")
-    emit_json(result.to_dict(), json_file)
-    if json_file == "-":
-        return
-    if layers:
-        print_table(layer_times_table(result.layers))
-        click.echo()
-    print_table(timing_table(result.timings))

@@ -141,7 +141,6 @@ def compile_command(
             gate=make_gate(min_agreement, max_drop, data, data_images, preprocess, planned),
             progress=steps,
         )
-    emit_json(built.manifest.to_dict(), json_file)
     if json_file != "-":
         click.echo(summary(built.manifest))
         if planned is not None:
@@ -151,6 +150,7 @@ def compile_command(
         if built.agreement is not None:
             click.echo(f"\nBeside the dense network, on {agreement_text(built.agreement)}")
         click.echo(f"\nwritten to {output}; the layers are listed in {output / 'report.txt'}")
+    emit_json(built.manifest.to_dict(), json_file)
 
 
 @click.command("demo")
@@ -191,8 +191,8 @@ def _demo(
     request = PruneRequest.make(pattern or DEMO_PATTERN, density, include, exclude, method)
     with Steps() as steps:
         result = run_demo(request, threads=threads, output=output, progress=steps)
-    emit_json(result.to_dict(), json_file)
     if json_file == "-":
+        emit_json(result.to_dict(), json_file)
         return
     click.echo("Where the time of the sparse build goes:\n")
     print_table(layer_times_table(result.layers))
@@ -202,3 +202,4 @@ def _demo(
     click.echo(f"\nTop-1 on {result.images} images of {result.dataset}: dense {dense:.2%}, sparse {sparse:.2%}")
     if output is not None:
         click.echo(f"written to {output}")
+    emit_json(result.to_dict(), json_file)

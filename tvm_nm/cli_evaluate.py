@@ -159,6 +159,6 @@ def evaluate_command(
             threads=threads,
             progress=steps,
         )
-    emit_json(found.to_dict(), json_file)
     if json_file != "-":
         click.echo(agreement_text(found, against is not None))
+    emit_json(found.to_dict(), json_file)

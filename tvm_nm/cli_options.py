@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tvm_nm.errors import UnsupportedModelError
+from tvm_nm.json_file import check_writable, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from tvm_nm.pruning import Images
 
 __all__ = [
+    "OutputFile",
     "calibration_images",
     "calibration_options",
     "database_option",
@@ -41,6 +44,42 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _PATTERNS = "dense, 2:4 (N:M), 2:4t8 (shared by 8 channels), 1x16, 1x4p (by position), 1x16u (unbalanced)"
 
 
+class OutputFile(click.Path):
+    """A file that the command is going to write; the command does not start where it cannot be written.
+
+    Parameters
+    ----------
+    noun
+        What it is called in errors.
+    read_if_there
+        Whether a file that is there is not written but read.
+    """
+
+    def __init__(self, noun: str, *, read_if_there: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self._noun = noun
+        self._read_if_there = read_if_there
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path.
+
+        Raises
+        ------
+        ArtifactError
+            If nothing can be written there.
+        """
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not (self._read_if_there and path.is_file()):
+            check_writable(path, self._noun)
+        return path
+
+
+def _checked_json(name: str | None) -> str | None:
+    if name not in (None, "-"):
+        check_writable(str(name), "result")
+    return name
+
+
 def option_group(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
     """Put options together into one decorator, which shows them in this order."""
 
@@ -54,7 +93,13 @@ def option_group(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
 
 threads_option = click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
 shape_option = click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
-json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON, with - to stdout.")
+json_option = click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    help="Write the result as JSON, with - to stdout.",
+    callback=lambda _context, _option, name: _checked_json(name),
+)
 include_option = click.option(
     "--include", multiple=True, metavar="GLOB", help="Prune these layers although spared by default."
 )
@@ -132,7 +177,7 @@ def emit_json(data: dict[str, Any], json_file: str | None) -> None:
     if json_file == "-":
         click.echo(text, nl=False)
     else:
-        Path(json_file).write_text(text, encoding="utf-8")
+        write_text(json_file, text, "result")
 
 
 def calibration_images(calib: Path | None, limit: int | None, preprocess: str | None) -> Images | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tvm_nm.cli_options import (
+    OutputFile,
     calibration_images,
     calibration_options,
     database_option,
@@ -53,7 +54,7 @@ goal_options = option_group(
     ),
     click.option(
         "--costs",
-        type=click.Path(path_type=Path),
+        type=OutputFile("cost table", read_if_there=True),
         metavar="FILE",
         help="Cost table; measured and written there if it does not exist. [default: measured]",
     ),
@@ -148,7 +149,7 @@ def make_planned(model: Path, options: dict[str, Any], progress: Callable[[str],
 
 @click.command("plan")
 @click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan.")
+@click.option("-o", "--output", type=OutputFile("plan"), metavar="FILE", help="Write the plan.")
 @goal_options
 @include_option
 @exclude_option
@@ -156,8 +157,8 @@ def make_planned(model: Path, options: dict[str, Any], progress: Callable[[str],
 @calibration_options
 @database_option
 @untuned_option
-@click.option("--front", type=click.Path(path_type=Path), metavar="FILE", help="Write the whole Pareto front as JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: .svg, .png or .html.")
+@click.option("--front", type=OutputFile("front"), metavar="FILE", help="Write the whole Pareto front as JSON.")
+@click.option("--plot", type=OutputFile("plot"), metavar="FILE", help="Draw it: .svg, .png or .html.")
 @click.option("--check", type=click.Path(path_type=Path), metavar="PLAN", help="Check a plan against MODEL instead.")
 @click.option("--diff", nargs=2, type=click.Path(path_type=Path), metavar="A B", help="Compare two plans instead.")
 @threads_option
@@ -196,6 +197,9 @@ def plan_command(
         check_plot(plot)
     with Steps() as steps:
         planned = make_planned(model, options, steps)
+    if json_file != "-":
+        click.echo(to_text(plan_table(planned.plan, planned.table, planned.metric)))
+        click.echo(plan_summary(planned))
     if output is not None:
         planned.plan.save(output)
     if front is not None:
@@ -206,8 +210,6 @@ def plan_command(
         plot_front(planned.front_dict(), plot)
     emit_json(planned.to_dict(), json_file)
     if json_file != "-":
-        click.echo(to_text(plan_table(planned.plan, planned.table, planned.metric)))
-        click.echo(plan_summary(planned))
         for path in (output, front, plot):
             if path is not None:
                 click.echo(f"written to {path}")

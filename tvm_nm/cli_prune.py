@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from tvm_nm.cli_options import (
+    OutputFile,
     calibration_images,
     calibration_options,
     parse_shape_options,
@@ -26,7 +27,7 @@ __all__ = ["inspect_command", "prune_command"]
 
 @click.command("prune")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="File to write.")
+@click.option("-o", "--output", required=True, type=OutputFile("model"), metavar="FILE", help="File to write.")
 @pattern_options
 @plan_file_option
 @calibration_options

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tvm_nm.cli_options import (
+    OutputFile,
     emit_json,
     exclude_option,
     include_option,
@@ -30,7 +31,7 @@ _PATH = click.Path(path_type=Path)
 
 
 _common = option_group(
-    click.option("-o", "--output", required=True, type=_PATH, metavar="FILE", help="File to write."),
+    click.option("-o", "--output", required=True, type=OutputFile("model"), metavar="FILE", help="File to write."),
     click.option("--test", type=_PATH, metavar="DATA", help="Images to judge by after each epoch."),
     click.option("--preprocess", metavar="TEXT", help="From pixels to inputs, see tvm-nm prune --help."),
     click.option("--augment", metavar="TEXT", help="How images are varied: shift=4,flip,zoom=0.5, or none."),
@@ -50,7 +51,12 @@ _common = option_group(
     threads_option,
     click.option("--seed", type=int, metavar="N", help="Of everything random. [default: 0]"),
     click.option("--keep", type=click.Choice(("last", "best")), help="Whose weights are written. [default: last]"),
-    click.option("--checkpoint", type=_PATH, metavar="FILE", help="[default: the output with .checkpoint]"),
+    click.option(
+        "--checkpoint",
+        type=OutputFile("checkpoint"),
+        metavar="FILE",
+        help="Where an interrupted run goes on. [default: the output with .checkpoint]",
+    ),
     click.option("--restart", is_flag=True, help="Do not go on from the checkpoint of an interrupted run."),
     shape_option,
     json_option,
@@ -170,10 +176,10 @@ def _run(model: Path, images: Images, dense: Path | None, defaults: Any, given: 
             progress=progress.status,
             **how,
         )
-    emit_json(result.to_dict(), json_file)
     if json_file != "-":
         click.echo(_summary(result))
         click.echo(f"written to {output}")
+    emit_json(result.to_dict(), json_file)
 
 
 def _opened(source: Path, limit: int | None, options: dict[str, Any]) -> Images:

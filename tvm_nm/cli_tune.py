@@ -74,10 +74,10 @@ def tune_command(
             retune=retune,
             progress=progress,
         )
-    emit_json(summary.to_dict(), json_file)
     if json_file != "-":
         click.echo(to_text(outcome_table(summary)))
         click.echo(summary_text(summary))
+    emit_json(summary.to_dict(), json_file)
 
 
 def _densities(text: str) -> list[float]:

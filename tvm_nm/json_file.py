@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -10,7 +11,7 @@ from typing import Any
 
 from tvm_nm.errors import ArtifactError
 
-__all__ = ["load_text", "read_json", "write_bytes", "write_text"]
+__all__ = ["check_writable", "load_text", "read_json", "write_bytes", "write_text"]
 
 
 def load_text(path: str | os.PathLike[str], noun: str) -> str:
@@ -76,11 +77,36 @@ def write_text(path: str | os.PathLike[str], text: str, noun: str) -> None:
     write_bytes(path, text.encode("utf-8"), noun)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes, noun: str) -> None:
-    """Write a file as `write_text` does."""
+def check_writable(path: str | os.PathLike[str], noun: str) -> None:
+    """Find out whether a file can be written, before the work whose result it is for.
+
+    Raises
+    ------
+    ArtifactError
+        If the path is a folder, or its own folder is missing or takes no new files.
+    """
     target = Path(path)
-    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file")
+        if _is_special(target):
+            return
+        scratch = _scratch(target.resolve())
+        scratch.touch(exist_ok=False)
+        scratch.unlink()
+    except OSError as error:
+        raise _write_error(target, noun, error) from error
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes, noun: str) -> None:
+    """Write a file as `write_text` does. Pipes and devices are written to; where a link leads is written."""
+    target = Path(path)
+    try:
+        if _is_special(target):
+            target.write_bytes(data)
+            return
+        target = target.resolve()
+        scratch = _scratch(target)
         try:
             with scratch.open("xb") as file:
                 file.write(data)
@@ -89,4 +115,24 @@ def write_bytes(path: str | os.PathLike[str], data: bytes, noun: str) -> None:
             scratch.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise ArtifactError(f"cannot write {noun} {target}: {error.strerror or error}") from error
+        raise _write_error(Path(path), noun, error) from error
+
+
+def _is_special(path: Path) -> bool:
+    """Tell whether a path is a pipe or a device, such as ``/dev/stdout``, which no file may replace."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _scratch(target: Path) -> Path:
+    return target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")  # names have 255 bytes at most
+
+
+def _write_error(path: Path, noun: str, error: OSError) -> ArtifactError:
+    reason = error.strerror or str(error)
+    if isinstance(error, FileNotFoundError):
+        reason += f"; create the folder {path.parent} or choose another place"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason += "; free some space or choose another place"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        reason += "; choose another place"
+    return ArtifactError(f"cannot write {noun} {path}: {reason}")

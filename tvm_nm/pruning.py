@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from tvm_nm.errors import ArtifactError, CalibrationError, PlanError
 from tvm_nm.fingerprint import model_sha256
 from tvm_nm.frontend import ImportedModel, import_onnx
 from tvm_nm.inventory import Layer, inventory, layer_calls
+from tvm_nm.json_file import check_writable, write_bytes
 from tvm_nm.layer_pruning import Method
 from tvm_nm.masks import PackedMasks
 from tvm_nm.onnx_pruning import PrunedOnnx, prune_imported
@@ -235,6 +235,7 @@ def prune_file(
     source, target = Path(model), Path(output)
     if target.exists() and source.exists() and target.samefile(source):
         raise ArtifactError(f"{target} is the model itself; choose another output")
+    check_writable(target, "model")
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.load(plan)
     imported = import_onnx(source, shapes=shapes, verify=False)
@@ -247,14 +248,7 @@ def prune_file(
     modules = [imported.module]
     imported = dataclasses.replace(imported, module=tvm.IRModule())
     done = prune_imported(imported, modules, onnx.load(source), plan, data, method, request.rearrange, progress)
-    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        onnx.save(done.model, scratch)
-        scratch.replace(target)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {target}: {error.strerror or error}; choose another output") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_bytes(target, done.model.SerializeToString(), "model")
     return done
 
 

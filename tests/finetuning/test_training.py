@@ -290,6 +290,31 @@ def test_the_command_trains_from_file_to_file_without_retuning(pruned_reference:
     assert sum(layer["pattern"] != "dense" for layer in one) > 2
 
 
+@pytest.mark.parametrize("command", ["finetune", "refit"])
+def test_a_finished_training_is_kept_until_its_result_is_written(
+    command: str, pruned_reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "images.npy", reference.calibration_images()[:32])
+    output = tmp_path / "tuned.onnx"
+    arguments = [command, str(pruned_reference), "-o", str(output), "--epochs", "1", "--batch", "16", "--threads", "1"]
+    arguments += ["--dense", str(reference.reference_model_path())]
+    arguments += ["--data" if command == "finetune" else "--calib", str(tmp_path / "images.npy")]
+
+    def full(path: Path, *_: object) -> None:
+        raise ArtifactError(f"cannot write model {path}: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tvm_nm.torch.finetune.write_bytes", full)
+        failed = CliRunner().invoke(cli, arguments)
+    assert failed.exit_code == 2, failed.output
+    assert failed.stderr.endswith(f"error: cannot write model {output}: No space left on device\n")
+    assert output.with_name("tuned.onnx.checkpoint").is_file()
+    monkeypatch.setattr("tvm_nm.torch.training._Run._step", lambda *_: pytest.fail("trained again"))
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npy", "tuned.onnx"]
+
+
 def test_the_refit_command(pruned_reference: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", reference.calibration_images()[:64])
     command = [

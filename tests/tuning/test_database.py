@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.variants import default_kernel, ranked_kernels, variant_text
-from tvm_nm.tuning.database import Trial, TuningDatabase, target_name
+from tvm_nm.tuning.database import Trial, TuningDatabase, open_records, target_name
 from tvm_nm.tuning.tables import KernelTables
 from tvm_nm.workload import ConvWorkload, Epilogue
 
@@ -169,6 +171,36 @@ def test_damaged_lines_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixt
         read = TuningDatabase(tmp_path, TARGET)
     assert len(caplog.records) == 4
     assert {trial.latency_us for trial in read.best_trials(DENSE)} == {250.0, 300.0}
+
+
+@pytest.mark.parametrize("name", ["database_tuning_record.json", "database_workload.json"])
+def test_damaged_records_are_made_again_from_the_trials(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Of a process that was killed, or a disk that was full, while they were written."""
+    database = filled(tmp_path, Trial(DENSE, variants(DENSE)[0], 300.0))
+    best = database.measured(DENSE)
+    assert best is not None
+    database.commit_records([best])
+    path = database.folder / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with caplog.at_level(logging.WARNING):
+        database.commit_records([])
+    assert "made again" in caplog.text
+    assert len(open_records(database.folder)) == 1
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = variants(DENSE)
+    database = filled(tmp_path, Trial(DENSE, first, 300.0))
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TuningError, match=r"cannot write tuning database .*: No space left on device; what was"):
+        database.add([Trial(DENSE, second, 250.0)])
+    assert [trial.variant for trial in database.best_trials(DENSE)] == [first]
 
 
 def test_a_record_that_no_variant_fits_is_not_used(tmp_path: Path) -> None:

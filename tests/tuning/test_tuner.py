@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from tvm import te, tirx
 
 import tvm_nm
 from tvm_nm.cli import cli
-from tvm_nm.errors import EnvironmentMismatchError, PlanError
+from tvm_nm.errors import EnvironmentMismatchError, PlanError, TuningError
 from tvm_nm.frontend import import_onnx
 from tvm_nm.linker import export_library
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
@@ -272,6 +273,22 @@ def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     kept = TuningDatabase(tmp_path, TARGET)
     assert len(kept.finished) == 1
     assert kept.best(next(iter(kept.finished))) is not None
+
+
+def test_a_full_disk_is_no_fault_of_a_variant(
+    laboratory: Laboratory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = Candidate(TASK, variant_text(default_kernel(TASK, MACHINE)))
+
+    def killed(*_: object) -> dict[str, str]:
+        raise pool.WorkerDiedError("ended with code 1")  # LLVM's answer to a full disk
+
+    monkeypatch.setattr(Worker, "request", killed)
+    assert [error for _, error in laboratory.build([candidate])] == ["the compiler: ended with code 1"]
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(pool.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(TuningError, match=r"no space is left .*; free some, or name another .* TMPDIR"):
+        laboratory.build([candidate])
 
 
 def test_failed_trials_are_recorded_with_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,20 @@ def test_python_dash_m_is_the_command() -> None:
     assert done.stdout == f"tvm-nm, version {tvm_nm.__version__}\n"
 
 
+def test_an_interrupt_while_loading_is_no_traceback() -> None:
+    program = (
+        "import os, signal, sys; from tvm_nm.__main__ import main\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'tvm_nm.cli': os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.meta_path.insert(0, Interrupts()); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "--version"], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert not done.stderr
+    assert not done.stdout
+
+
 def test_compile_says_what_it_built(model: Path, artefact: Path) -> None:
     assert sorted(path.name for path in artefact.iterdir()) == [MANIFEST, LIBRARY, REPORT]
     result = run("compile", model, "-o", artefact, "--pattern", "1x4", "--threads", "1", "--json", "-")
@@ -152,9 +166,12 @@ def test_expected_errors_are_one_line(model: Path, artefact: Path, tmp_path: Pat
     assert "is not an artefact" in fails("inspect", tmp_path)
     assert "no such file" in fails("inspect", missing)
     assert "no such file" in fails("bench", artefact, "--against", missing)
-    assert "No such file or directory" in fails(
-        "bench", artefact, "--rounds", "1", "--json", tmp_path / "no" / "b.json"
-    )
+    # Before minutes of work, not after them.
+    said = fails("bench", artefact, "--json", tmp_path / "no" / "b.json")
+    assert said.startswith(f"cannot write result {tmp_path / 'no' / 'b.json'}: No such file or directory; create")
+    for option in ("-o", "--front", "--costs", "--json"):
+        assert "cannot write" in fails("plan", model, "--budget", "0.5", option, tmp_path / "no" / "file")
+        assert "it is a folder; name a file" in fails("plan", model, "--budget", "0.5", option, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.onnx", "notes.txt"]
 
 

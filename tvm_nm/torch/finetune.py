@@ -16,7 +16,7 @@ from tvm_nm.calibration import CalibrationImages
 from tvm_nm.detect import detect_pattern
 from tvm_nm.errors import ArtifactError, ModelMismatchError, UnsupportedModelError
 from tvm_nm.evaluation import answers_of_onnx, compare
-from tvm_nm.json_file import write_bytes
+from tvm_nm.json_file import check_writable, write_bytes
 from tvm_nm.masks import BoolArray, mask_density
 from tvm_nm.oneshot import images_per_run
 from tvm_nm.onnx_network import OnnxNetwork
@@ -105,7 +105,7 @@ def finetune_file(
     network_stage
         Refit to the dense model by `reconstruct_network` instead of training.
     checkpoint
-        As for `tvm_nm.torch.training.train`.
+        As for `tvm_nm.torch.training.train`; it is removed when `output` is written.
     threads
         Of PyTorch and onnxruntime; default: `tvm_nm.onnx_segment.default_threads`.
     step
@@ -121,6 +121,7 @@ def finetune_file(
     tell = step or (lambda _: None)
     if output.exists() and output.samefile(model):
         raise ArtifactError(f"{output} is the model itself; choose another output")
+    check_writable(output, "model")
     torch.set_num_threads(threads or default_threads())
     source = _load(model)
     reference = None if dense is None else _load(dense)
@@ -136,7 +137,14 @@ def finetune_file(
     if network_stage:
         assert reference is not None
         trained = reconstruct_network(
-            source, reference, data, options, test=judged, checkpoint=checkpoint, progress=progress
+            source,
+            reference,
+            data,
+            options,
+            test=judged,
+            checkpoint=checkpoint,
+            keep_checkpoint=True,
+            progress=progress,
         )
     else:
         trained = train(
@@ -147,6 +155,7 @@ def finetune_file(
             phases=phases,
             test=judged,
             checkpoint=checkpoint,
+            keep_checkpoint=True,
             progress=progress,
         )
     tell("judging the result")
@@ -155,6 +164,8 @@ def finetune_file(
     if judged is not None and answers is not None:
         after = compare(answers, answers_of_onnx(trained.model, judged, threads), judged)
     write_bytes(output, trained.model.SerializeToString(), "model")
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return FineTuned(trained, before, after, reference is not None)
 
 

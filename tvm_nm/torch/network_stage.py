@@ -66,6 +66,7 @@ def reconstruct_network(
     masks: Mapping[str, BoolArray] | None = None,
     test: CalibrationImages | None = None,
     checkpoint: Path | None = None,
+    keep_checkpoint: bool = False,
     progress: Callable[[Status], None] | None = None,
 ) -> Trained:
     """Refit the weights of a pruned network together.
@@ -80,7 +81,7 @@ def reconstruct_network(
         Calibration images; labels are not used.
     options
         How; default: `DEFAULTS`. The objective's share of distillation counts as 1.
-    masks, test, checkpoint, progress
+    masks, test, checkpoint, keep_checkpoint, progress
         As for `tvm_nm.torch.training.train`.
 
     Raises
@@ -101,5 +102,6 @@ def reconstruct_network(
         test=test,
         activations=block_borders(dense) if options.objective.activations else (),
         checkpoint=checkpoint,
+        keep_checkpoint=keep_checkpoint,
         progress=progress,
     )

@@ -108,6 +108,7 @@ def train(
     test: CalibrationImages | None = None,
     activations: Sequence[str] = (),
     checkpoint: Path | None = None,
+    keep_checkpoint: bool = False,
     progress: Callable[[Status], None] | None = None,
 ) -> Trained:
     """Train a model whose zeros stay zero.
@@ -133,6 +134,8 @@ def train(
     checkpoint
         File to write the state to, about every two minutes; if it is there, the run goes on from it. It is removed at
         the end.
+    keep_checkpoint
+        Leave the state of the end there instead, for the caller to remove when the result is safe.
     progress
         Called after each step.
 
@@ -146,7 +149,7 @@ def train(
         If the checkpoint belongs to another run or cannot be written.
     """
     return _Run(model, images, options or TrainingOptions(), dense, masks, phases, test, activations).go(
-        checkpoint, progress
+        checkpoint, progress, keep_checkpoint
     )
 
 
@@ -194,7 +197,7 @@ class _Run:
         sample = self.data.images.take(np.arange(min(8, images.count)))
         self.run = fingerprint(*identity, images.count, sample.tobytes(), test.count if test else 0)
 
-    def go(self, checkpoint: Path | None, progress: Callable[[Status], None] | None) -> Trained:
+    def go(self, checkpoint: Path | None, progress: Callable[[Status], None] | None, keep: bool) -> Trained:
         step = self._resume(checkpoint)
         before, started = self.seconds, time.monotonic()
         saved = started
@@ -218,7 +221,8 @@ class _Run:
             if progress is not None:
                 progress(Status(step, self.steps, loss, self.epochs[-1] if ended else None))
             now = time.monotonic()
-            if checkpoint is not None and step < self.steps and (ended or now - saved > _SECONDS_BETWEEN_CHECKPOINTS):
+            due = ended or now - saved > _SECONDS_BETWEEN_CHECKPOINTS
+            if checkpoint is not None and due and (keep or step < self.steps):
                 write_checkpoint(checkpoint, self.run, self._state(step))
                 saved = now
         if self.options.keep == "best" and self.best is not None:
@@ -227,7 +231,7 @@ class _Run:
             self.kept = len(self.epochs)
         masks = self.masks.masks
         result = Trained(self.model.to_onnx(), masks, tuple(self.epochs), self.kept)
-        if checkpoint is not None:
+        if checkpoint is not None and not keep:
             checkpoint.unlink(missing_ok=True)
         return result
 

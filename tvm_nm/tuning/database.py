@@ -15,11 +15,12 @@ Lines are appended whole, under a lock; a line that a crash cut off is skipped.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from typing import Any
 import tvm
 from tvm import s_tir
 
-from tvm_nm.errors import TuningError
+from tvm_nm.errors import ArtifactError, TuningError
+from tvm_nm.json_file import write_text
 from tvm_nm.schedules.apply import apply_template
 from tvm_nm.schedules.chain import ChainKernel
 from tvm_nm.schedules.conv import IndexKind
@@ -42,7 +44,7 @@ __all__ = ["Trial", "TrialTable", "TuningDatabase", "open_records", "target_name
 
 _FORMAT = "tvm_nm trials"
 _VERSION = 1
-_RECORDS = "database_tuning_record.json"  # MetaSchedule's name
+_RECORDS, _WORKLOADS = "database_tuning_record.json", "database_workload.json"  # MetaSchedule's names
 _log = logging.getLogger(__name__)
 
 
@@ -261,13 +263,11 @@ class TuningDatabase(TrialTable):
 
     def start(self, yardstick_us: float) -> None:
         """Create the file, unless it exists, with the time that the yardstick takes on this machine at its best."""
-        with self._lock():
+        with self._written():
             if not self.path.exists():
                 header = {"format": _FORMAT, "version": _VERSION, "revision": TEMPLATE_REVISION}
                 header |= {"target": _plain(self.target), "yardstick_us": round(yardstick_us, 3)}
-                temporary = self.path.with_suffix(".new")
-                temporary.write_text(json.dumps(header) + "\n", encoding="utf-8")
-                temporary.replace(self.path)
+                write_text(self.path, json.dumps(header) + "\n", "tuning database")
                 self.yardstick_us = yardstick_us
             else:
                 self._read()
@@ -279,7 +279,7 @@ class TuningDatabase(TrialTable):
         lines += [json.dumps({"task": str(task), "finished": how}) for task, how in marks.items()]
         if not lines:
             return
-        with self._lock(), self.path.open("ab+") as file:
+        with self._written(), self.path.open("ab+") as file:
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -303,7 +303,14 @@ class TuningDatabase(TrialTable):
 
         with self._lock():
             # Opened for each call, under the lock: it counts the lines of its file, which others may have added to.
-            records = open_records(self.folder)
+            try:
+                records = open_records(self.folder)
+            except RuntimeError as error:  # somebody was killed while writing, or the disk was full
+                _log.warning("%s is damaged (%s) and made again from the trials", self.folder / _RECORDS, error)
+                for name in (_RECORDS, _WORKLOADS):
+                    (self.folder / name).unlink(missing_ok=True)
+                records = open_records(self.folder)
+                found = [best for best in map(self.measured, self.trials) if best is not None]
             for best in found:
                 if isinstance(best.kernel, ChainKernel):
                     continue  # it needs no schedule
@@ -319,6 +326,20 @@ class TuningDatabase(TrialTable):
                         ms.arg_info.ArgInfo.from_prim_func(module["main"]),
                     )
                 )
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Lock the database, and say clearly what hinders writing to it."""
+        try:
+            with self._lock():
+                yield
+        except ArtifactError as error:
+            raise TuningError(str(error)) from error
+        except OSError as error:
+            raise TuningError(
+                f"cannot write tuning database {self.folder}: {error.strerror or error}; what was written before is "
+                "safe: tune again when this is mended, or name another database"
+            ) from error
 
     def _lock(self) -> Any:
         from tvm_nm.tuning.requirements import need_filelock

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ __all__ = ["Candidate", "Laboratory", "Timing", "Worker", "WorkerDiedError", "al
 
 _BUILD_LIMIT_S = 90.0
 _CALL_LIMIT_S = 20.0
+_LEAST_FREE_BYTES = 4 << 20  # several times what a library takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +235,12 @@ class Laboratory:
                 for worker in self._builders:
                     worker.close()
                 raise
+        if any(errors) and shutil.disk_usage(self._folder.name).free < _LEAST_FREE_BYTES:
+            # Nothing is known of these variants, and nothing must be written down of them.
+            raise TuningError(
+                f"kernels cannot be built in {self._folder.name}: no space is left on the device; "
+                "free some, or name another folder in TMPDIR"
+            )
         return list(zip(paths, errors, strict=True))
 
     def time(self, candidates: Sequence[Candidate], libraries: Sequence[Path], rounds: int) -> list[Timing]:

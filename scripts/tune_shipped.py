@@ -32,7 +32,7 @@ from tvm_nm.tuning.tuner import tune_tasks
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 DATA = Path(__file__).resolve().parent.parent / "tvm_nm" / "data" / "tuned"
-PATTERNS = (("1x16", 0.5), ("1x16", 0.25), ("1x4", 0.5), ("1x4", 0.25), ("2:4", None), ("1:4", None))
+PATTERNS = (("1x16", 0.5), ("1x16", 0.25), ("1x16", 0.125), ("1x4", 0.5), ("1x4", 0.25), ("2:4", None), ("1:4", None))
 ALL = tuple(dict.fromkeys(pattern for pattern, _ in PATTERNS))
 RELU, RELU6, NONE, ADD_RELU = Epilogue(False, 0.0), Epilogue(False, 0.0, 6.0), Epilogue(), Epilogue(True, 0.0)
 MOST_BYTES = 300_000

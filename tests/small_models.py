@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx
@@ -193,6 +195,53 @@ def scales_everywhere() -> onnx.ModelProto:
 
 
 @_model
+def transposed_convolutions() -> onnx.ModelProto:
+    net = Net((1, 4, 5, 6))
+    kernel = net.weight(4, 3, 3, 3)
+    outputs = [net.add("ConvTranspose", "input", kernel, net.weight(3), strides=[2, 2], output_padding=[1, 0])]
+    outputs.append(net.add("ConvTranspose", "input", kernel, group=2, dilations=[2, 1], pads=[1, 0, 2, 1]))
+    for mode in ("NOTSET", "SAME_UPPER", "SAME_LOWER"):
+        for shape in ([10, 12], [9, 13], [12, 14], [6, 8]):
+            options: dict[str, Any] = {"output_shape": shape, "strides": [2, 2], "auto_pad": mode}
+            outputs.append(net.add("ConvTranspose", "input", kernel, **options))
+        outputs.append(net.add("ConvTranspose", "input", kernel, strides=[2, 1], auto_pad=mode))
+    outputs.append(
+        net.add("ConvTranspose", "input", kernel, strides=[2, 2], output_shape=[9, 11], output_padding=[1, 1])
+    )
+    return net.model(*outputs)
+
+
+def resizing(opset: int) -> onnx.ModelProto:
+    """Resize, or Upsample before there was one, with scales and sizes as exporters write them."""
+    net = Net((1, 4, 6, 5), opset=opset)
+    double = np.array([1, 1, 2, 3], np.float32)
+    if opset == 7:
+        return net.model(*(net.add("Upsample", "input", scales=double, mode=mode) for mode in ("nearest", "linear")))
+    if opset < 11:
+        scales, op = net.constant(double), "Upsample" if opset == 9 else "Resize"
+        return net.model(*(net.add(op, "input", scales, mode=mode) for mode in ("nearest", "linear")))
+    empty, outputs = net.constant(np.zeros(0, np.float32)), []
+    for mode in ("nearest", "linear", "cubic"):
+        for how in ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"):
+            options = {"mode": mode, "coordinate_transformation_mode": how}
+            outputs.append(net.add("Resize", "input", empty, net.constant(double), **options))
+            sizes = net.constant(np.array([1, 4, 9, 7]))
+            outputs.append(net.add("Resize", "input", empty, empty, sizes, **options))
+            half = net.constant(np.array([1, 1, 0.5, 0.4], np.float32))
+            outputs.append(net.add("Resize", "input", empty, half, **options))
+    roundings = ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")
+    outputs += [net.add("Resize", "input", empty, net.constant(double), nearest_mode=mode) for mode in roundings]
+    if opset >= 18:
+        scales = net.constant(np.array([3, 4], np.float32))
+        outputs.append(net.add("Resize", "input", "", scales, mode="linear", axes=[3, 2]))
+    return net.model(*outputs)
+
+
+for _opset in (7, 9, 10, 11, 13, 18, 19):
+    SMALL_MODELS[f"resize_of_opset_{_opset}"] = partial(resizing, _opset)
+
+
+@_model
 def shared_convolution() -> onnx.ModelProto:
     """The convolution has two readers, one of them a batch norm: it must be neither copied nor folded into."""
     net = Net((1, 4, 6, 6))
@@ -286,6 +335,15 @@ def integer_output() -> onnx.ModelProto:
     model = net.model(net.add("ArgMax", "input", axis=1))
     model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
     return model
+
+
+@_model
+def scalar_input() -> onnx.ModelProto:
+    net = Net((1, 4, 5, 5))
+    net.inputs.append(helper.make_tensor_value_info("factor", TensorProto.FLOAT, []))
+    return net.model(
+        net.add("Mul", net.conv("input", (4, 4, 1, 1)), "factor"), net.add("Sqrt", net.add("Abs", "factor"))
+    )
 
 
 @_model

@@ -2,9 +2,9 @@
 
 TVM's own converters are used wherever they give what later passes can read. Replaced are those that hide an operator
 in a TIR function (Clip, Pad, padding by ``auto_pad``) or disagree with the standard (``auto_pad`` of pools, average
-pools in ceil mode), and those whose result has to be told apart later: every convolution and FC gets a variable whose
-name leads back to its node. TVM's loop over the nodes is replaced because it prints to stdout when a converter fails,
-and does not name the node.
+pools in ceil mode, ``output_shape`` of transposed convolutions, scales of Resize, Upsample), and those whose result
+has to be told apart later: every convolution and FC gets a variable whose name leads back to its node. TVM's loop over
+the nodes is replaced because it prints to stdout when a converter fails, and does not name the node.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import tvm
 from tvm import relax
@@ -23,6 +24,7 @@ from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, onnx_input
 
 from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.onnx_checks import first_line, opset_of
+from tvm_nm.onnx_geometry import resized_shape, write_transposed_padding
 from tvm_nm.onnx_load import MAX_MODEL_BYTES, Weights
 from tvm_nm.relax_numpy import as_constant
 
@@ -58,7 +60,7 @@ def import_graph(skeleton: onnx.ModelProto, weights: Weights) -> tuple[tvm.IRMod
         warnings.simplefilter("ignore")  # the importer warns of every name that it changes
         try:
             module = importer.from_onnx(skeleton.graph, opset_of(skeleton))
-        except UnsupportedModelError:
+        except (UnsupportedModelError, KeyboardInterrupt):
             importer.bb._end_block()  # a builder that goes with an open block prints a warning to stderr
             raise
     _check_static(module, importer.node_names, {node.name: node.op_type for node in skeleton.graph.node})
@@ -295,6 +297,24 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     def _max_pool(self, inputs: Any, attributes: dict[str, Any]) -> Any:
         self._resolve_auto_pad(inputs[0], attributes["kernel_shape"], attributes)
 
+    def _transposed_conv(self, inputs: Any, attributes: dict[str, Any]) -> None:
+        shape, kernel = ([int(d) for d in inputs[index].ty.shape][2:] for index in (0, 1))
+        write_transposed_padding(shape, kernel, attributes)
+
+    def _resize(self, inputs: Any, attributes: dict[str, Any]) -> Any:
+        """Leave it to TVM's converter of Resize, which reads sizes as operator set 18 gives them."""
+        if self.opset < 11:  # Upsample, and the Resize that followed it
+            given = attributes.pop("scales", None)
+            roi, scales, sizes = None, _numbers(inputs[1]) if given is None else list(given), None
+            attributes |= {"coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"}
+        else:
+            roi, scales, sizes = inputs[1], _numbers(inputs[2]), _numbers(inputs[3])
+        shape = resized_shape([int(d) for d in inputs[0].ty.shape], scales, sizes, attributes)
+        if attributes.get("coordinate_transformation_mode") != b"tf_crop_and_resize":
+            roi = None
+        arguments = onnx_input([inputs[0], roi, None, as_constant(np.array(shape))])
+        return self._convert_operator("Resize", arguments, attributes, max(self.opset, 11))
+
     @staticmethod
     def _resolve_auto_pad(data: Any, kernel: Sequence[int], attributes: dict[str, Any]) -> None:
         """Write what ``auto_pad`` means into ``pads``."""
@@ -316,14 +336,26 @@ class _Importer(ONNXGraphImporter):  # type: ignore[misc]
 
 _CONVERTERS: dict[str, Callable[[_Importer, Any, dict[str, Any]], Any]] = {
     "Conv": _Importer._conv,
+    "ConvTranspose": _Importer._transposed_conv,
     "Gemm": _Importer._gemm,
     "MatMul": _Importer._matmul,
     "Clip": _Importer._clip,
     "Pad": _Importer._pad,
     "AveragePool": _Importer._average_pool,
     "MaxPool": _Importer._max_pool,
+    "Resize": _Importer._resize,
+    "Upsample": _Importer._resize,
 }
 """By operator; TVM's converters do the rest. A table in the importer would tie it into a cycle with its weights."""
+
+
+def _numbers(expr: Any) -> list[Any] | None:
+    """Return what a constant input holds; None where it is left out or empty."""
+    if expr is None:
+        return None
+    if not isinstance(expr, tvm.ir.GenericConst):
+        raise UnsupportedModelError(f"scales or sizes that depend on the data ({type(expr).__name__})")
+    return expr.value.numpy().reshape(-1).tolist() or None
 
 
 def _integers(expr: Any) -> list[int]:

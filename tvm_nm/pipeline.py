@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 
+from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.passes.concat import ConcatInPlace, MarkConcats
 from tvm_nm.passes.in_place import AddInPlace
@@ -118,13 +120,26 @@ def build_executable(
         An LLVM target whose `num-cores` is the number of threads.
     always_sparse, winograd, tuned, chains
         See `Lower`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If TVM has no implementation of an operator.
     """
     lowering = lowering_passes(target, always_sparse=always_sparse, winograd=winograd, tuned=tuned, chains=chains)
     with target, pass_context():
         lowered = tvm.transform.Sequential(lowering)(module)
         reports = layer_reports(lowered)
         scheduled = tvm.transform.Sequential(scheduling_passes(target))(lowered)
-        executable = tvm.compile(scheduled, target, relax_pipeline=_already_lowered())
+        try:
+            executable = tvm.compile(scheduled, target, relax_pipeline=_already_lowered())
+        except tvm.error.InternalError as error:
+            found = re.search(r"Offending call:\s*([\w.]+)", str(error))
+            if found is None:
+                raise
+            raise UnsupportedModelError(
+                "TVM imports this operator but cannot compile it; export the model without it", op=found[1]
+            ) from error
     return Built(executable, reports)
 
 

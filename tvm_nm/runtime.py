@@ -310,4 +310,4 @@ def _checked(spec: TensorSpec, value: Any) -> Array:
         raise TypeError(f"input {spec.name!r} is {array.dtype}, {spec.dtype} is needed: use .astype(np.{spec.dtype})")
     if array.shape != spec.shape:
         raise ValueError(f"input {spec.name!r} has shape {array.shape}, {spec.shape} is needed")
-    return np.ascontiguousarray(array)
+    return np.require(array, requirements="C")  # np.ascontiguousarray makes vectors of scalars

@@ -244,10 +244,25 @@ class TestOperators:
         error = refused(model, "outputs", "MaxPool")
         assert error.node == f"/{x}/MaxPool"
 
+    @pytest.mark.parametrize(
+        ("scales", "attributes", "words"),
+        [
+            ((1, 1, 0.7, 1), {}, "scale 0.7 of 6 pixels gives no whole number"),
+            ((1, 2, 1, 1), {}, "only space can be resized"),
+            ((1, 1, 0.5, 0.5), {"mode": "linear", "antialias": 1}, "antialias"),
+        ],
+    )
+    def test_resizing_that_tvm_computes_otherwise(
+        self, scales: tuple[float, ...], attributes: dict[str, object], words: str
+    ) -> None:
+        net = Net((1, 4, 6, 6), opset=18)
+        values = net.constant(np.array(scales, np.float32))
+        refused(net.model(net.add("Resize", "input", "", values, **attributes)), words, "Resize")
+
     def test_nothing_is_printed(self, capfd: pytest.CaptureFixture[str]) -> None:
-        net = Net((1, 4, 6, 6), opset=9)
-        scales = net.constant(np.array([1, 1, 2, 2], np.float32))
-        refused(net.model(net.add("Upsample", "input", scales)), "Upsample")
+        net = Net((4, 6))
+        ones = net.constant(np.ones(2, np.float32))
+        refused(net.model(net.add("Resize", "input", "", ones)), "Resize", "TVM's importer refuses it")
         assert capfd.readouterr() == ("", "")
 
     def test_messages_hold_no_control_characters(self) -> None:

@@ -177,12 +177,23 @@ def test_targets_come_as_dictionary_json_or_target() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["grouped", "depthwise_multiplier", "one_dimensional", "activations", "tied_weights", "weights_in_disguise"]
+    "name",
+    [
+        *("grouped", "depthwise_multiplier", "one_dimensional", "activations", "tied_weights", "weights_in_disguise"),
+        "scalar_input",
+    ],
 )
 def test_small_models_are_built_and_verified(name: str) -> None:
     manifest = tvm_nm.compile(SMALL_MODELS[name](), pattern="1x4", density=0.5, include=["*"], threads=1).manifest
     assert manifest.verification is not None
     assert manifest.layers
+
+
+def test_an_operator_that_tvm_cannot_compile_is_named() -> None:
+    net = Net((1, 4, 5, 5))
+    model = net.model(net.add("CumSum", net.conv("input", (4, 4, 1, 1)), net.constant(np.array(2))))
+    with pytest.raises(UnsupportedModelError, match=r"^operator R.cumsum: TVM imports .*; export .* without it$"):
+        tvm_nm.compile(model, threads=1)
 
 
 def test_the_same_model_gives_the_same_library() -> None:

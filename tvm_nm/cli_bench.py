@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tvm_nm.cli_options import emit_json, json_option, print_table, threads_option
+from tvm_nm.cli_options import emit_json, json_option, print_table, run_threads_option
 from tvm_nm.console import Steps
 
 __all__ = ["bench_command"]
@@ -17,7 +17,7 @@ __all__ = ["bench_command"]
 @click.command("bench")
 @click.argument("artifact", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), metavar="MODEL", help="ONNX model for onnxruntime to run.")
-@threads_option
+@run_threads_option
 @click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Blocks of calls.")
 @click.option("--layers", is_flag=True, help="Show each layer's time and what its sparse kernel gains.")
 @click.option("--update-report", is_flag=True, help="Write the layers' times into the artefact's report.txt.")

@@ -34,14 +34,18 @@ __all__ = ["compile_command", "demo_command"]
 @click.command("compile")
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="[default: MODEL-tvm]")
-@pattern_options
+@pattern_options("1x16")
 @plan_file_option
 @goal_options
 @gate_options
 @calibration_options
 @rearrange_option
 @threads_option
-@click.option("--target", metavar="JSON", help='TVM target, such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\'.')
+@click.option(
+    "--target",
+    metavar="JSON",
+    help='TVM target, such as \'{"kind": "llvm", "mcpu": "skylake-avx512"}\'. [default: this machine]',
+)
 @shape_option
 @json_option
 @database_option
@@ -155,7 +159,7 @@ def compile_command(
 
 @click.command("demo")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Keep the sparse artefact.")
-@pattern_options
+@pattern_options("1x4")
 @threads_option
 @json_option
 def demo_command(

@@ -13,8 +13,8 @@ from tvm_nm.cli_options import (
     json_option,
     option_group,
     parse_shape_options,
+    run_threads_option,
     shape_option,
-    threads_option,
 )
 from tvm_nm.console import Steps
 
@@ -130,7 +130,7 @@ def agreement_text(found: Agreement, dense_given: bool = True) -> str:
 @click.option("--images", "limit", type=click.IntRange(min=1), metavar="N", help="Images to use. [default: all]")
 @click.option("--preprocess", metavar="TEXT", help="From pixels to inputs; see tvm-nm prune.")
 @click.option("--against", type=click.Path(path_type=Path), metavar="MODEL", help="The dense ONNX model.")
-@threads_option
+@run_threads_option
 @shape_option
 @json_option
 def evaluate_command(

@@ -34,6 +34,7 @@ __all__ = [
     "plan_file_option",
     "print_table",
     "rearrange_option",
+    "run_threads_option",
     "shape_option",
     "threads_option",
     "untuned_option",
@@ -91,8 +92,25 @@ def option_group(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
     return decorate
 
 
-threads_option = click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads.")
-shape_option = click.option("--shape", "shapes", multiple=True, metavar="INPUT:1,3,224,224", help="Shape of an input.")
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of threads. [default: the processors that this process may use]",
+)
+run_threads_option = click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of threads. [default: as many as it was built for; of an ONNX model: all processors]",
+)
+shape_option = click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="INPUT:1,3,224,224",
+    help="Shape of an input that leaves axes open. [default: batch 1]",
+)
 json_option = click.option(
     "--json",
     "json_file",
@@ -129,13 +147,20 @@ method_option = click.option(
     "[default: obs with calibration data, else magnitude]",
 )
 
-pattern_options = option_group(
-    click.option("--pattern", metavar="P", help=f"Sparsity pattern: {_PATTERNS}. [default: 1x16]"),
-    click.option("--density", type=float, metavar="D", help="Share of weights kept. [default: the pattern's, or 0.5]"),
-    include_option,
-    exclude_option,
-    method_option,
-)
+
+def pattern_options(default: str) -> Callable[[_F], _F]:
+    """Return the options that say what to prune to; the command itself has the pattern's default."""
+    return option_group(
+        click.option("--pattern", metavar="P", help=f"Sparsity pattern: {_PATTERNS}. [default: {default}]"),
+        click.option(
+            "--density", type=float, metavar="D", help="Share of weights kept. [default: the pattern's, or 0.5]"
+        ),
+        include_option,
+        exclude_option,
+        method_option,
+    )
+
+
 calibration_options = option_group(
     click.option(
         "--calib",

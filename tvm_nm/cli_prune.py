@@ -28,7 +28,7 @@ __all__ = ["inspect_command", "prune_command"]
 @click.command("prune")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=OutputFile("model"), metavar="FILE", help="File to write.")
-@pattern_options
+@pattern_options("1x16")
 @plan_file_option
 @calibration_options
 @rearrange_option

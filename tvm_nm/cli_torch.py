@@ -34,17 +34,33 @@ _common = option_group(
     click.option("-o", "--output", required=True, type=OutputFile("model"), metavar="FILE", help="File to write."),
     click.option("--test", type=_PATH, metavar="DATA", help="Images to judge by after each epoch."),
     click.option("--preprocess", metavar="TEXT", help="From pixels to inputs, see tvm-nm prune --help."),
-    click.option("--augment", metavar="TEXT", help="How images are varied: shift=4,flip,zoom=0.5, or none."),
-    click.option("--epochs", type=click.FloatRange(min=0, min_open=True), metavar="N", help="May be a fraction."),
-    click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Images in a step."),
-    click.option("--lr", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Highest learning rate."),
-    click.option("--optimizer", type=click.Choice(("sgd", "adamw"))),
+    click.option(
+        "--augment",
+        metavar="TEXT",
+        help="How images are varied: shift=4,flip,zoom=0.5, or none. [default: none; refit: shift=4,flip]",
+    ),
+    click.option(
+        "--epochs",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="N",
+        help="Times that all images are seen; may be a fraction. [default: 5; refit: 10]",
+    ),
+    click.option(
+        "--batch", type=click.IntRange(min=1), metavar="N", help="Images in a step. [default: 128; refit: 32]"
+    ),
+    click.option(
+        "--lr",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="X",
+        help="Highest learning rate. [default: 0.015; refit: 0.0003]",
+    ),
+    click.option("--optimizer", type=click.Choice(("sgd", "adamw")), help="[default: sgd; refit: adamw]"),
     click.option("--temperature", type=float, metavar="T", help="Of distillation. [default: 2]"),
     click.option(
         "--batch-norm",
         type=click.Choice(("insert", "keep", "freeze")),
         help="Put batch norms behind convolutions that have none while training; train with those that there are; "
-        "or keep their statistics as they are.",
+        "or keep their statistics as they are. [default: keep; refit: freeze]",
     ),
     click.option("--precision", type=click.Choice(("bf16", "float32")), help="[default: bf16]"),
     click.option("--device", metavar="NAME", help="Such as cpu or cuda:0. [default: a GPU where there is one]"),

@@ -28,7 +28,7 @@ __all__ = ["tune_command"]
 )
 @click.option("--thorough", is_flag=True, help="Try all --trials of every task, also where nothing better is found.")
 @threads_option
-@click.option("--target", metavar="JSON", help="TVM target, which must run on this machine.")
+@click.option("--target", metavar="JSON", help="TVM target, which must run on this machine. [default: this machine]")
 @shape_option
 @click.option("--retune", is_flag=True, help="Measure anew what the database holds.")
 @json_option

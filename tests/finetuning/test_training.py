@@ -290,6 +290,16 @@ def test_the_command_trains_from_file_to_file_without_retuning(pruned_reference:
     assert sum(layer["pattern"] != "dense" for layer in one) > 2
 
 
+def test_the_help_says_the_defaults() -> None:
+    said = " ".join(CliRunner().invoke(cli, ["refit", "--help"]).stdout.split())
+    one, other = TrainingOptions(), DEFAULTS
+    assert f"[default: {one.epochs:g}; refit: {other.epochs:g}]" in said
+    assert f"[default: {one.batch}; refit: {other.batch}]" in said
+    assert f"[default: {one.learning_rate:g}; refit: {other.learning_rate:g}]" in said
+    assert f"[default: {one.optimizer}; refit: {other.optimizer}]" in said
+    assert f"[default: {one.batch_norm}; refit: {other.batch_norm}]" in said
+
+
 @pytest.mark.parametrize("command", ["finetune", "refit"])
 def test_a_finished_training_is_kept_until_its_result_is_written(
     command: str, pruned_reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -55,6 +55,14 @@ def test_help_loads_no_tvm(command: list[str]) -> None:
     assert "tvm-nm" in done.stdout
 
 
+def test_the_help_says_the_default_patterns() -> None:
+    from tvm_nm.demo import DEMO_PATTERN
+    from tvm_nm.pruning import DEFAULT_PATTERN
+
+    for command, pattern in (("compile", DEFAULT_PATTERN), ("prune", DEFAULT_PATTERN), ("demo", DEMO_PATTERN)):
+        assert f"[default: {pattern}]" in " ".join(run(command, "--help").stdout.split())
+
+
 def test_python_dash_m_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "tvm_nm", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"tvm-nm, version {tvm_nm.__version__}\n"

@@ -25,6 +25,8 @@ REFUSED = {
     "computed_weight": "not constant",
     "left_to_tvm": "ConvTranspose",
     "local_function": "Block",
+    "transposed_convolutions": "ConvTranspose",
+    **{f"resize_of_opset_{opset}": "Upsample" if opset < 10 else "Resize" for opset in (7, 9, 10, 11, 13, 18, 19)},
 }
 
 

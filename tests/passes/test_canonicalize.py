@@ -523,6 +523,7 @@ class TestForeignModules:
                 "same_upper_and_lower",
                 "weights_in_disguise",
             }
+            - {f"resize_of_opset_{opset}" for opset in (9, 10, 11, 13, 18, 19)}
         ),
     )
     def test_what_tvms_importer_gives(self, name: str) -> None:

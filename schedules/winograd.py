@@ -262,7 +262,9 @@ def _channel_vectors(kernel: WinogradKernel, data: te.Tensor) -> te.Tensor:
         y = tirx.max(tirx.min(cy * down + row - top, work.height - 1), 0)
         return data[n, block * lanes + lane, y, first(cx) + column]
 
-    whole = width >= lanes and work.in_channels % lanes == 0
+    # Chunks that each need all of a row would turn the same pixels: their rows cannot be tensorized.
+    apart = kernel.column_chunks == 1 or width < work.width
+    whole = width >= lanes and work.in_channels % lanes == 0 and apart
     rows = te.compute((*outer, width, lanes), turned, name="rows") if whole else None
 
     def element(n: Any, cy: Any, cx: Any, block: Any, row: Any, column: Any, lane: Any) -> Any:

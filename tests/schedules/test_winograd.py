@@ -135,6 +135,12 @@ def check(kernel: WinogradKernel, target: str, seed: int) -> None:
 cases = st.sampled_from(sorted(TARGETS)).flatmap(lambda t: st.tuples(kernels(t), st.just(t), st.integers(0, 2**32 - 1)))
 
 
+@pytest.mark.parametrize("width", [17, 18])
+def test_chunks_that_each_need_whole_rows(width: int) -> None:
+    work = ConvWorkload(1, 8, 1, 3, width, (3, 3), padding=(1, 1, 1, 1))
+    check(WinogradKernel(work, 8, 4, 1, 4, 1, 1, False, 0, 0), "avx2", 0)
+
+
 @settings(max_examples=12, **PROPERTY)
 @given(cases)
 def test_random_variants(case: tuple[WinogradKernel, str, int]) -> None:

@@ -195,15 +195,13 @@ def _demo(
     request = PruneRequest.make(pattern or DEMO_PATTERN, density, include, exclude, method)
     with Steps() as steps:
         result = run_demo(request, threads=threads, output=output, progress=steps)
-    if json_file == "-":
-        emit_json(result.to_dict(), json_file)
-        return
-    click.echo("Where the time of the sparse build goes:\n")
-    print_table(layer_times_table(result.layers))
-    click.echo("\nLatency of one image, NumPy to NumPy, taken in turns:\n")
-    print_table(timing_table(result.timings))
-    dense, sparse = result.top1
-    click.echo(f"\nTop-1 on {result.images} images of {result.dataset}: dense {dense:.2%}, sparse {sparse:.2%}")
-    if output is not None:
-        click.echo(f"written to {output}")
+    if json_file != "-":
+        click.echo("Where the time of the sparse build goes:\n")
+        print_table(layer_times_table(result.layers))
+        click.echo("\nLatency of one image, NumPy to NumPy, taken in turns:\n")
+        print_table(timing_table(result.timings))
+        dense, sparse = result.top1
+        click.echo(f"\nTop-1 on {result.images} images of {result.dataset}: dense {dense:.2%}, sparse {sparse:.2%}")
+        if output is not None:
+            click.echo(f"written to {output}")
     emit_json(result.to_dict(), json_file)

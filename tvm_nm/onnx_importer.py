@@ -351,14 +351,15 @@ _CONVERTERS: dict[str, Callable[[_Importer, Any, dict[str, Any]], Any]] = {
 
 def _numbers(expr: Any) -> list[Any] | None:
     """Return what a constant input holds; None where it is left out or empty."""
-    if expr is None:
-        return None
-    if not isinstance(expr, tvm.ir.GenericConst):
-        raise UnsupportedModelError(f"scales or sizes that depend on the data ({type(expr).__name__})")
-    return expr.value.numpy().reshape(-1).tolist() or None
+    return None if expr is None else _constant_list(expr, "scales or sizes that depend") or None
 
 
 def _integers(expr: Any) -> list[int]:
+    return [int(value) for value in _constant_list(expr, "an integer list that depends")]
+
+
+def _constant_list(expr: Any, refused: str) -> list[Any]:
     if not isinstance(expr, tvm.ir.GenericConst):
-        raise UnsupportedModelError(f"an integer list that depends on the data ({type(expr).__name__})")
-    return [int(v) for v in expr.value.numpy().reshape(-1)]
+        raise UnsupportedModelError(f"{refused} on the data ({type(expr).__name__})")
+    values: list[Any] = expr.value.numpy().reshape(-1).tolist()
+    return values

@@ -54,9 +54,28 @@ def pruned() -> tvm.IRModule:
     return module
 
 
-def run(executable: Any) -> np.ndarray:
+def run(executable: Any, image: np.ndarray = IMAGE) -> np.ndarray:
     machine = relax.VirtualMachine(executable, tvm.cpu())
-    return np.array(machine["main"](tvm.runtime.tensor(IMAGE)).numpy())
+    return np.array(machine["main"](tvm.runtime.tensor(image)).numpy())
+
+
+def tune(module: tvm.IRModule, work_dir: Path, trials: int) -> Any:
+    """Return TVM's database of two rounds of trials."""
+    return relax_integration.tune_relax(
+        module,
+        {},
+        TARGET,
+        str(work_dir),
+        max_trials_global=trials,
+        num_trials_per_iter=trials // 2,
+        op_names=OP_NAMES,
+        space=design_space(),
+        builder=local_builder(max_workers=1),
+        runner=local_runner(module, repeat=1),
+        cost_model="random",
+        strategy="replay-trace",
+        seed=1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +84,7 @@ def tuned(pruned: tvm.IRModule, tmp_path_factory: pytest.TempPathFactory) -> tup
     work_dir = tmp_path_factory.mktemp("work")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing that is scheduled already is offered for tuning
-        database = relax_integration.tune_relax(
-            module,
-            {},
-            TARGET,
-            str(work_dir),
-            max_trials_global=6,
-            num_trials_per_iter=3,
-            op_names=OP_NAMES,
-            space=design_space(),
-            builder=local_builder(max_workers=1),
-            runner=local_runner(module, repeat=1),
-            cost_model="random",
-            strategy="replay-trace",
-            seed=1,
-        )
+        database = tune(module, work_dir, trials=6)
     return module, database, work_dir
 
 
@@ -120,29 +125,10 @@ def test_a_kernel_that_is_written_out_does_not_stop_the_tuner(tmp_path: Path, mo
     assert scheduled
     # TVM trips over the handlers that its tuner left there the last time.
     monkeypatch.setattr(logging.getLogger("tvm.s_tir.meta_schedule"), "handlers", [])
-    database = relax_integration.tune_relax(
-        module,
-        {},
-        TARGET,
-        str(tmp_path),
-        max_trials_global=4,
-        num_trials_per_iter=2,
-        op_names=OP_NAMES,
-        space=design_space(),
-        builder=local_builder(max_workers=1),
-        runner=local_runner(module, repeat=1),
-        cost_model="random",
-        strategy="replay-trace",
-        seed=1,
-    )
+    database = tune(module, tmp_path, trials=4)
     image = np.random.default_rng(0).standard_normal((1, 3, 24, 24), np.float32)
-
-    def answer(executable: Any) -> np.ndarray:
-        machine = relax.VirtualMachine(executable, tvm.cpu())
-        return np.array(machine["main"](tvm.runtime.tensor(image)).numpy())
-
-    want = answer(build_executable(imported.module, TARGET).executable)
-    np.testing.assert_allclose(answer(build_tuned(module, TARGET, database)), want, rtol=1e-4, atol=1e-4)
+    want = run(build_executable(imported.module, TARGET).executable, image)
+    np.testing.assert_allclose(run(build_tuned(module, TARGET, database), image), want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_database_changes_the_schedules(tuned: tuple[tvm.IRModule, Any, Path]) -> None:

@@ -23,6 +23,7 @@ from tvm_nm.schedules.blocked_layout import blocked_layout_func
 from tvm_nm.schedules.chain import ChainKernel, blocked_shape
 from tvm_nm.schedules.chain_code import chain_prim_func
 from tvm_nm.schedules.fc import FcKernel
+from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.pool import (
     PoolKernel,
@@ -33,7 +34,7 @@ from tvm_nm.schedules.pool import (
     windows_padding,
 )
 from tvm_nm.schedules.tuned import TunedKernels
-from tvm_nm.schedules.variants import Kernel, kernel_prim_func
+from tvm_nm.schedules.variants import Kernel, kernel_prim_func, variant_text
 from tvm_nm.workload import ConvWorkload
 
 __all__ = ["REPORTS_ATTR", "Lower", "layer_reports"]
@@ -217,7 +218,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
             arguments.append(relax.const(bias))
         if residual is not None:
             arguments.append(self._as_blocked(residual))
-        self.reports += _chain_reports(choice, function.name_hint)
+        self.reports += _chain_reports(choice, function.name_hint, self._machine.threads)
         shape = layers[-1].found.layer.output_shape
         out = relax.TensorType(blocked_shape(shape, kernel.lanes), "float32")
         blocked = self.builder_.emit(relax.call_tir(function, arguments, out))
@@ -288,11 +289,17 @@ def _report(fused: FusedLayer, choice: Choice, function: str, pool: str) -> Laye
         packed_bytes=choice.packed.bytes,
         note=choice.note,
         tuning=choice.tuning,
+        **_tuned_as(choice.task, kernel),
     )
 
 
-def _chain_reports(choice: ChainChoice, function: str) -> list[LayerReport]:
+def _tuned_as(task: KernelTask | None, kernel: Kernel) -> dict[str, str]:
+    return {} if task is None else {"task": str(task), "variant": variant_text(kernel)}
+
+
+def _chain_reports(choice: ChainChoice, function: str, threads: int) -> list[LayerReport]:
     name = choice.layers[0].found.layer.name
+    tuned_as = _tuned_as(KernelTask.of(choice.kernel, threads), choice.kernel)
     return [
         _layer_report(
             fused,
@@ -305,6 +312,7 @@ def _chain_reports(choice: ChainChoice, function: str) -> list[LayerReport]:
             note=choice.notes[number],
             tuning=choice.tuning,
             chain=name if number else "",
+            **({} if number else tuned_as),
         )
         for number, fused in enumerate(choice.layers)
     ]

@@ -55,6 +55,8 @@ class Choice:
         Why zeros are not exploited; empty if they are, or if there are none.
     tuning
         Where the variant comes from: `default`, or a `tvm_nm.schedules.tuned.Origin`.
+    task
+        What the kernel is a variant of; None where nothing is tuned.
     """
 
     kernel: Kernel
@@ -63,6 +65,7 @@ class Choice:
     density: float
     note: str
     tuning: str = "default"
+    task: KernelTask | None = None
 
 
 def choose_conv(
@@ -109,11 +112,13 @@ def choose_conv(
         ratio, measured = sparse.compared_with(dense)
         if ratio < (1 if measured else _CONV_WORTHWHILE) or always_sparse:
             packed = conv_family_of(sparse.kernel).pack(sparse.kernel, weights)
-            return Choice(sparse.kernel, packed, str(detection.pattern), detection.density, "", sparse.tuning)
+            return Choice(
+                sparse.kernel, packed, str(detection.pattern), detection.density, "", sparse.tuning, sparse.task
+            )
         how = "tuned" if measured else "predicted"
         note = f"{detection.pattern} at density {detection.density:.2f}: {how} {ratio:.2f}x the dense kernel's time"
     packed = conv_family_of(dense.kernel).pack(dense.kernel, weights)
-    return Choice(dense.kernel, packed, "dense", detection.density, note, dense.tuning)
+    return Choice(dense.kernel, packed, "dense", detection.density, note, dense.tuning, dense.task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,7 @@ class _Option:
     The pooling that follows it takes `pooling` times as long as the kernel.
     """
 
+    task: KernelTask
     default: Kernel
     cycles: float
     tuned: TunedKernel | None
@@ -139,11 +145,15 @@ class _Option:
     def compared_with(self, other: _Option) -> tuple[float, bool]:
         """Return this kernel's time as a share of the other's, and whether the times are tuned ones.
 
-        Times that came with the package are another machine's: they compare with each other only.
+        Times within a network are compared with such, else those of calls alone. Times that came with the package are
+        other machines': they compare with those of the same table only.
         """
         mine, others = self.tuned, other.tuned
-        if mine is not None and others is not None and (mine.origin == "shipped") == (others.origin == "shipped"):
-            return mine.latency_us * (1 + self.pooling) / (others.latency_us * (1 + other.pooling)), True
+        if mine is not None and others is not None and mine.table == others.table:
+            ratio = mine.latency_us / others.latency_us
+            if mine.within_us and others.within_us:
+                ratio = mine.within_us / others.within_us
+            return ratio * (1 + self.pooling) / (1 + other.pooling), True
         return self.cycles * (1 + self.pooling) / (other.cycles * (1 + other.pooling)), False
 
 
@@ -156,7 +166,7 @@ def _option(task: KernelTask, machine: Machine, tuned: TunedKernels | None, *, p
     default = default_kernel(task, machine)
     cycles = kernel_cycles(default, machine)
     pooling = 0.0 if pool is None else maxima_cycles(task.workload.pooled(pool), machine) / cycles
-    return _Option(default, cycles, _best(tuned, task), pooling)
+    return _Option(task, default, cycles, _best(tuned, task), pooling)
 
 
 def choose_fc(
@@ -198,10 +208,11 @@ def choose_fc(
     elif not note and not isinstance(detection.pattern, Dense):
         note = f"{detection.pattern}: the FC kernel skips whole blocks of outputs only, built dense"
     dense = choose_fc_kernel(batch, in_features, out_features, epilogue, machine)
-    found = _best(tuned, KernelTask.of(dense, machine.threads))
+    task = KernelTask.of(dense, machine.threads)
+    found = _best(tuned, task)
     if found is not None and isinstance(found.kernel, FcKernel):
-        return Choice(found.kernel, pack_fc(found.kernel, matrix), "dense", detection.density, note, found.origin)
-    return Choice(dense, pack_fc(dense, matrix), "dense", detection.density, note)
+        return Choice(found.kernel, pack_fc(found.kernel, matrix), "dense", detection.density, note, found.origin, task)
+    return Choice(dense, pack_fc(dense, matrix), "dense", detection.density, note, task=task)
 
 
 def _nm_fc(layer: Layer, epilogue: Epilogue, machine: Machine, pattern: NM) -> LaneConvKernel | None:

@@ -28,12 +28,18 @@ class TunedKernel:
     origin
         `measured`; `interpolated` between other densities or from another epilogue; `shipped` with the package, from
         another machine of the same family.
+    within_us
+        Time of a call between the other layers of a network, where that was measured; else 0.
+    table
+        Which of the package's tables it comes from; empty for a database's.
     """
 
     task: KernelTask
     kernel: Kernel
     latency_us: float
     origin: Origin
+    table: str = ""
+    within_us: float = 0.0
 
     @property
     def predicted(self) -> bool:

@@ -31,6 +31,12 @@ __all__ = ["tune_command"]
 @click.option("--target", metavar="JSON", help="TVM target, which must run on this machine. [default: this machine]")
 @shape_option
 @click.option("--retune", is_flag=True, help="Measure anew what the database holds.")
+@click.option(
+    "--in-network",
+    is_flag=True,
+    help="At the end, compare each layer's best variants between the other layers of the network, for every pattern"
+    " and density.",
+)
 @json_option
 def tune_command(
     model: Path,
@@ -46,6 +52,7 @@ def tune_command(
     target: str | None,
     shapes: tuple[str, ...],
     retune: bool,
+    in_network: bool,
     json_file: str | None,
 ) -> None:
     """Find the fastest kernel variants for the layers of MODEL.onnx, dense and in each pattern at each density.
@@ -53,7 +60,7 @@ def tune_command(
     Every time that is measured goes to the database at once: interrupt it whenever you like, and run it again to go on.
     """
     from tvm_nm.report import to_text
-    from tvm_nm.tuning.progress import TuningProgress, outcome_table, summary_text
+    from tvm_nm.tuning.progress import TuningProgress, choice_table, outcome_table, summary_text
     from tvm_nm.tuning.tuner import DEFAULT_TRIALS
     from tvm_nm.tuning.tuner import tune as tune_model
 
@@ -72,10 +79,13 @@ def tune_command(
             minutes=minutes,
             thorough=thorough,
             retune=retune,
+            in_network=in_network,
             progress=progress,
         )
     if json_file != "-":
         click.echo(to_text(outcome_table(summary)))
+        if summary.choices:
+            click.echo(to_text(choice_table(summary)))
         click.echo(summary_text(summary))
     emit_json(summary.to_dict(), json_file)
 

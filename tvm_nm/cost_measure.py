@@ -195,11 +195,13 @@ def build_plan(
     target: tvm.target.Target,
     directory: Path,
     tuned: TunedKernels | None = None,
+    *,
+    always_sparse: bool = True,
 ) -> CompiledModel:
     """Prune and build a model that is imported already, unverified, into a new directory, to be measured."""
     directory.mkdir()
     module, _ = prune_by_plan(imported.module, plan)
-    built = build_executable(module, target, always_sparse=True, tuned=tuned)
+    built = build_executable(module, target, always_sparse=always_sparse, tuned=tuned)
     del module
     manifest = write_library(imported, model_sha256(imported), built, target, directory)
     del built

@@ -48,6 +48,9 @@ class LayerReport:
     pool
         Name of the function that is called right after the layer's and takes its epilogue's maxima; empty where there
         are none or the layer's own function takes them.
+    task, variant
+        What the tuning database calls the computation and the kernel (see `tvm_nm.tuning.database`); empty for layers
+        that are not tuned. Those of a chain are at its first layer.
     """
 
     name: str
@@ -66,6 +69,8 @@ class LayerReport:
     tuning: str = "default"
     chain: str = ""
     pool: str = ""
+    task: str = ""
+    variant: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

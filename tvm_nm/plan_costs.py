@@ -25,7 +25,7 @@ from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
 from tvm_nm.schedules.tuned import TunedKernels
 from tvm_nm.targets import processor
 from tvm_nm.tuned_costs import add_tuned_times
-from tvm_nm.tuning.database import TrialTable
+from tvm_nm.tuning.trials import TrialTable
 
 __all__ = ["NEEDS_IMAGES", "check_measurable", "cost_table", "with_importance"]
 

@@ -18,8 +18,8 @@ from tvm_nm.patterns import SparsityPattern
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.tuned import TunedKernel
 from tvm_nm.schedules.variants import variant_text
-from tvm_nm.tuning.database import TrialTable
 from tvm_nm.tuning.tasks import conv_workloads, layer_task, with_winograd
+from tvm_nm.tuning.trials import TrialTable
 
 __all__ = ["add_tuned_times"]
 

@@ -17,8 +17,9 @@ from tvm_nm.schedules.conv import IndexKind
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.variants import default_kernel, ranked_kernels, variant_text
-from tvm_nm.tuning.database import Trial, TuningDatabase, open_records, target_name
+from tvm_nm.tuning.database import TuningDatabase, open_records, target_name
 from tvm_nm.tuning.tables import KernelTables
+from tvm_nm.tuning.trials import Trial
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 TARGET = tvm.target.Target({"kind": "llvm", "mcpu": "skylake-avx512", "num-cores": 1})

@@ -25,7 +25,7 @@ from tvm_nm.schedules.channel_conv import ChannelConvKernel
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.variants import ranked_kernels, variant_text
-from tvm_nm.tuning.database import Trial, TuningDatabase, open_records
+from tvm_nm.tuning.database import TuningDatabase, open_records
 from tvm_nm.tuning.metaschedule import (
     OP_NAMES,
     build_tuned,
@@ -35,6 +35,7 @@ from tvm_nm.tuning.metaschedule import (
     tunable_module,
 )
 from tvm_nm.tuning.tasks import model_tasks
+from tvm_nm.tuning.trials import Trial
 from tvm_nm.workload import ConvWorkload
 
 TARGET = host_target(1)

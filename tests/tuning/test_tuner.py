@@ -27,11 +27,12 @@ from tvm_nm.schedules.kernel_task import KernelTask, parse_task
 from tvm_nm.schedules.machine import host_target, machine_of
 from tvm_nm.schedules.variants import default_kernel, kernel_from_text, neighbours, ranked_kernels, variant_text
 from tvm_nm.tuning import pool
-from tvm_nm.tuning.database import Trial, TrialTable, TuningDatabase
+from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.outcomes import Progress
 from tvm_nm.tuning.pool import Candidate, Laboratory, Worker
 from tvm_nm.tuning.search import Search
 from tvm_nm.tuning.tasks import ModelTask, model_tasks
+from tvm_nm.tuning.trials import Trial, TrialTable
 from tvm_nm.tuning.tuner import tune_tasks
 
 TARGET = host_target(1)

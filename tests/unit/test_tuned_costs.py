@@ -17,8 +17,9 @@ from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.variants import ranked_kernels, variant_text
 from tvm_nm.targets import resolve_target
 from tvm_nm.tuned_costs import add_tuned_times
-from tvm_nm.tuning.database import Trial, TuningDatabase
+from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.tasks import conv_workloads, layer_task
+from tvm_nm.tuning.trials import Trial
 
 DENSITIES = (0.75, 0.625, 0.5, 0.375, 0.25)
 MEASURED = {0.75: 80.0, 0.25: 40.0}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tvm_nm.schedules.kernel_task import KernelTask
 
-__all__ = ["Progress", "TaskOutcome", "TuningSummary"]
+__all__ = ["NetworkChoice", "Progress", "TaskOutcome", "TuningSummary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,37 @@ class TaskOutcome:
 
 
 @dataclass(frozen=True, slots=True)
+class NetworkChoice:
+    """What a comparison within the network found for a task.
+
+    Attributes
+    ----------
+    task
+        Its text.
+    layers
+        The layers that would have been built with it; none for another kind of kernel, which was timed in their place.
+    before
+        The variant that would have been built.
+    before_us
+        Its time within the network.
+    times_us
+        All variants that were compared, with their times there, the chosen one first.
+    """
+
+    task: str
+    layers: tuple[str, ...]
+    before: str
+    before_us: float
+    times_us: tuple[tuple[str, float], ...]
+
+    @property
+    def saved_us(self) -> float:
+        """How much shorter an inference becomes by the choice."""
+        chosen, chosen_us = self.times_us[0]
+        return 0.0 if chosen == self.before else (self.before_us - chosen_us) * len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
 class TuningSummary:
     """What a tuning run did.
 
@@ -56,12 +88,15 @@ class TuningSummary:
         Reasons of failed trials, with how often each occurred in this run.
     seconds
         Duration.
+    choices
+        What was compared within the network, if that was asked for.
     """
 
     database: str
     outcomes: tuple[TaskOutcome, ...]
     failures: tuple[tuple[str, int], ...]
     seconds: float
+    choices: tuple[NetworkChoice, ...] = ()
 
     @property
     def trials(self) -> int:
@@ -88,3 +123,6 @@ class Progress:
 
     def finished(self, task: KernelTask, best_us: float, default_us: float) -> None:
         """Say that a task is done."""
+
+    def compared(self, what: str, choices: Sequence[NetworkChoice]) -> None:
+        """Say that the variants of a network's layers were compared within it."""

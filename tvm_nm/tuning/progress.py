@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -9,9 +11,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from tvm_nm.schedules.kernel_task import KernelTask
-from tvm_nm.tuning.outcomes import Progress, TuningSummary
+from tvm_nm.tuning.outcomes import NetworkChoice, Progress, TuningSummary
 
-__all__ = ["TuningProgress", "outcome_table", "summary_text"]
+__all__ = ["TuningProgress", "choice_table", "outcome_table", "summary_text"]
 
 
 class TuningProgress(Progress):
@@ -68,6 +70,14 @@ class TuningProgress(Progress):
                 text += f" (untuned {default_us:.1f}, {best_us / default_us - 1:+.0%})"
         if self._bar is not None:
             self._bar.update(self._task, advance=1)
+        self._say(text)
+
+    def compared(self, what: str, choices: Sequence[NetworkChoice]) -> None:
+        """Say what the comparison within a network brought."""
+        self._say(f"within the network, {what}: {_gains(choices)}")
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
             click.echo(text, err=True)
@@ -93,6 +103,19 @@ def outcome_table(summary: TuningSummary) -> Table:
     return table
 
 
+def choice_table(summary: TuningSummary) -> Table:
+    """Show the tasks for which another variant was faster within the network."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for column in ("within the network: task", "layers", "variant", "us", "instead of", "us"):
+        table.add_column(column, justify="right" if column in ("layers", "us") else "left", no_wrap=True)
+    for choice in summary.choices:
+        variant, us = choice.times_us[0]
+        if choice.saved_us > 0:
+            layers = str(len(choice.layers))
+            table.add_row(choice.task, layers, variant, _time(us), choice.before, _time(choice.before_us))
+    return table
+
+
 def summary_text(summary: TuningSummary) -> str:
     """Describe a run in a few lines."""
     count = dict.fromkeys(("measured", "interpolated", "missing"), 0)
@@ -105,8 +128,17 @@ def summary_text(summary: TuningSummary) -> str:
     if summary.failures:
         lines.append(f"{sum(number for _, number in summary.failures)} trials failed:")
         lines += [f"  {number} x {reason}" for reason, number in summary.failures]
+    if summary.choices:
+        lines.append(f"within the network: {_gains(summary.choices)}")
     return "\n".join([*lines, f"records are in {summary.database}"])
 
 
 def _time(latency_us: float) -> str:
     return "" if latency_us == float("inf") else f"{latency_us:.1f}"
+
+
+def _gains(choices: Sequence[NetworkChoice]) -> str:
+    better = [choice.saved_us for choice in choices if choice.saved_us > 0]
+    return (
+        f"another variant is faster for {len(better)} of {len(choices)} tasks compared, by {sum(better):.0f} us in all"
+    )

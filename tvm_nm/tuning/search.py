@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.variants import Kernel, default_kernel, kernel_from_text, neighbours, ranked_kernels, variant_text
-from tvm_nm.tuning.database import Trial, TrialTable
+from tvm_nm.tuning.trials import Trial, TrialTable
 
 __all__ = ["Effort", "Search"]
 

@@ -12,9 +12,10 @@ import tvm
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION, KernelTask
 from tvm_nm.schedules.machine import machine_of
 from tvm_nm.schedules.tuned import TunedKernel, TunedKernels
-from tvm_nm.tuning.database import TrialTable, TuningDatabase
+from tvm_nm.tuning.database import TuningDatabase
+from tvm_nm.tuning.trials import TrialTable
 
-__all__ = ["KernelTables", "family_of", "shipped_kernels", "tuned_kernels"]
+__all__ = ["KernelTables", "families_of", "shipped_tables", "tuned_kernels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +55,29 @@ def tuned_kernels(
     found: list[TrialTable] = []
     if database is not None:
         found.append(TuningDatabase(database, target))
-    if shipped and (table := shipped_kernels(target)) is not None:
-        found.append(table)
+    if shipped:
+        found += shipped_tables(target)
     return KernelTables(tuple(found)) if found else None
 
 
-def family_of(target: tvm.target.Target) -> str:
-    """Return the family of processors that shipped records are kept for; empty for those without."""
+def families_of(target: tvm.target.Target) -> tuple[str, ...]:
+    """Return the families of processors whose shipped records are for a target, the nearest first."""
     machine = machine_of(target)
     if machine.lanes == 16 and machine.registers == 32:
-        return "avx512"
-    return "avx2" if machine.lanes == 8 else ""
+        return ("zen-avx512", "avx512") if str(target.attrs.get("mcpu", "")).startswith("znver") else ("avx512",)
+    return ("avx2",) if machine.lanes == 8 else ()
 
 
-def shipped_kernels(target: tvm.target.Target) -> TrialTable | None:
-    """Return the package's own records for a target's family; None where it has none of this template revision."""
-    family = family_of(target)
-    text = _shipped_text(family) if family else None
-    if text is None:
-        return None
-    table = TrialTable(target, origin="shipped")
-    table.read_lines(text.splitlines()[1:], f"the records shipped for {family}")
-    return table
+def shipped_tables(target: tvm.target.Target) -> tuple[TrialTable, ...]:
+    """Return the package's own records of this template revision for a target, those of the nearest family first."""
+    tables = []
+    for family in families_of(target):
+        text = _shipped_text(family)
+        if text is not None:
+            table = TrialTable(target, origin="shipped", name=family)
+            table.read_lines(text.splitlines()[1:], f"the records shipped for {family}")
+            tables.append(table)
+    return tuple(tables)
 
 
 @lru_cache(maxsize=4)

@@ -26,7 +26,7 @@ from tvm_nm.schedules.packing import kept_per_block_row
 from tvm_nm.schedules.variants import pooled_task, winograd_fits
 from tvm_nm.workload import ConvWorkload, MaxPool
 
-__all__ = ["ModelTask", "conv_workloads", "layer_task", "model_tasks", "with_winograd"]
+__all__ = ["ModelTask", "conv_workloads", "layer_task", "model_tasks", "pruned_to", "with_winograd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def model_tasks(
     PlanError
         If a pattern's text form is unknown, a density does not go with its pattern or a glob matches no layer.
     """
-    wanted = _wanted(patterns, densities)
+    wanted = pruned_to(patterns, densities)
     layers = inventory(module)
     eligible: set[str] = set()
     if wanted:
@@ -136,9 +136,16 @@ def layer_task(work: ConvWorkload, threads: int, pattern: SparsityPattern, densi
     return KernelTask("conv", work, threads, index, block, int(kept.max()), of_group=of, group=group)
 
 
-def _wanted(
+def pruned_to(
     patterns: Sequence[str | SparsityPattern], densities: Sequence[float]
 ) -> list[tuple[SparsityPattern, float]]:
+    """Return every pattern at every density, those with one of their own at that; `dense` is left out.
+
+    Raises
+    ------
+    PlanError
+        If a pattern's text form is unknown, or a density does not go with its pattern.
+    """
     try:
         chosen = [parse_pattern(p) if isinstance(p, str) else p for p in patterns]
         pairs: list[tuple[SparsityPattern, float]] = []

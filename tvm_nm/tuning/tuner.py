@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,17 +19,19 @@ import tvm
 from tvm_nm.environment import check_environment, missing_features
 from tvm_nm.errors import EnvironmentMismatchError
 from tvm_nm.frontend import import_onnx
-from tvm_nm.patterns import SparsityPattern
+from tvm_nm.patterns import Dense, SparsityPattern
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import machine_of, usable_threads
 from tvm_nm.schedules.variants import default_kernel, variant_text
 from tvm_nm.targets import resolve_target
-from tvm_nm.tuning.database import Trial, TuningDatabase
-from tvm_nm.tuning.outcomes import Progress, TaskOutcome, TuningSummary
+from tvm_nm.tuning.database import TuningDatabase
+from tvm_nm.tuning.in_network import choose_in_network
+from tvm_nm.tuning.outcomes import NetworkChoice, Progress, TaskOutcome, TuningSummary
 from tvm_nm.tuning.pool import Candidate, Laboratory
 from tvm_nm.tuning.requirements import need_filelock
 from tvm_nm.tuning.search import Effort, Search
-from tvm_nm.tuning.tasks import ModelTask, model_tasks
+from tvm_nm.tuning.tasks import ModelTask, model_tasks, pruned_to
+from tvm_nm.tuning.trials import Trial
 
 __all__ = ["DEFAULT_TRIALS", "tune", "tune_tasks"]
 
@@ -57,6 +60,7 @@ def tune(
     minutes: float | None = None,
     thorough: bool = False,
     retune: bool = False,
+    in_network: bool = False,
     progress: Progress | None = None,
 ) -> TuningSummary:
     """Measure kernel variants of a model's layers, dense and with the patterns, and keep the times in a database.
@@ -82,6 +86,9 @@ def tune(
         Try as many variants of every task as `trials` says, at all densities, also where nothing better is found.
     retune
         Measure anew what the database holds.
+    in_network
+        At the end, build the model pruned to each pattern and density with each layer's best variants in turn, and let
+        those win that are fastest between the other layers; see `tvm_nm.tuning.in_network`.
     progress
         Told how it goes.
 
@@ -97,21 +104,28 @@ def tune(
         If the database cannot be read or written, or kernels cannot be built.
     """
     check_environment()
+    start = time.perf_counter()
     progress = progress or Progress()
     chosen = resolve_target(target, threads)
     progress.step("importing")
-    module = import_onnx(model, shapes=shapes, verify=False).module
-    found = model_tasks(module, machine_of(chosen), patterns, densities, tuple(include), tuple(exclude))
-    del module
-    return tune_tasks(
-        found,
-        TuningDatabase(database, chosen),
-        trials=trials,
-        minutes=minutes,
-        thorough=thorough,
-        retune=retune,
-        progress=progress,
+    imported = import_onnx(model, shapes=shapes, verify=False)
+    wanted = pruned_to(patterns, densities)
+    include, exclude = tuple(include), tuple(exclude)
+    found = model_tasks(imported.module, machine_of(chosen), patterns, densities, include, exclude)
+    if not in_network:
+        imported = replace(imported, module=tvm.IRModule())  # its weights are not needed any more
+    records = TuningDatabase(database, chosen)
+    summary = tune_tasks(
+        found, records, trials=trials, minutes=minutes, thorough=thorough, retune=retune, progress=progress
     )
+    if not in_network:
+        return summary
+    choices: list[NetworkChoice] = []
+    for pattern, density in wanted or [(Dense(), 1.0)]:
+        choices += choose_in_network(
+            imported, records, pattern, density, include=include, exclude=exclude, progress=progress
+        )
+    return replace(summary, choices=tuple(choices), seconds=time.perf_counter() - start)
 
 
 def tune_tasks(

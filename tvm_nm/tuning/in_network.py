@@ -34,9 +34,9 @@ from tvm_nm.tuning.outcomes import NetworkChoice, Progress
 from tvm_nm.tuning.pool import alone_on_the_machine
 from tvm_nm.tuning.tables import KernelTables, shipped_tables
 
-__all__ = ["choose_in_network"]
+__all__ = ["choose_in_network", "compare", "scale_to"]
 
-BUILDS = 4
+_BUILDS = 4
 """How many of a layer's variants are compared: what would be built, the model's choice, the package's record for the
 processor's family, and the second best alone."""
 
@@ -48,7 +48,7 @@ _NEAR = 1.3
 """Variants that take longer alone than this many times the best one's time are not compared."""
 _NEVER_US = 1e9
 _LEAST_SHARED = 5
-"""Layers that builds must have in common to tell how slow each one's turns were."""
+"""What builds, or comparisons, must have in common to tell how much slower the machine was for one of them."""
 
 
 def choose_in_network(
@@ -90,9 +90,9 @@ def choose_in_network(
     with TemporaryDirectory(prefix="tvm-nm-network-") as folder:
         models: list[CompiledModel] = []
         best_kinds: frozenset[KernelTask] = frozenset()
-        for number in range(BUILDS + 1):
-            progress.step(f"building {label} with other kernels, {number + 1} of {BUILDS + 1}")
-            slate = _Slate(database, number) if number < BUILDS else _Slate(database, 0, best_kinds)
+        for number in range(_BUILDS + 1):
+            progress.step(f"building {label} with other kernels, {number + 1} of {_BUILDS + 1}")
+            slate = _Slate(database, number) if number < _BUILDS else _Slate(database, 0, best_kinds)
             where = Path(folder) / str(number)
             models.append(build_plan(imported, plan, database.target, where, slate, always_sparse=False))
             if number == 0:
@@ -143,7 +143,7 @@ class _Slate:
         near = [trial.variant for trial in trials if trial.latency_us <= _NEAR * trials[0].latency_us]
         wanted = [variant_text(found.kernel), variant_text(default_kernel(task, machine))]
         wanted += [] if shipped is None else [variant_text(shipped.kernel)]
-        return list(dict.fromkeys(wanted + near))[:BUILDS]
+        return list(dict.fromkeys(wanted + near))[:_BUILDS]
 
 
 def compare(reports: Sequence[Sequence[LayerReport]], times_us: NDArray[np.float64]) -> tuple[NetworkChoice, ...]:
@@ -152,8 +152,7 @@ def compare(reports: Sequence[Sequence[LayerReport]], times_us: NDArray[np.float
     Parameters
     ----------
     reports
-        (builds, layers): the layers, of the same network in every build; the first build has the variants that are kept
-        unless another is evidently faster.
+        (builds, layers): the layers, of the same network in every build; the first has what would be built.
     times_us
         (builds, layers): their times.
 

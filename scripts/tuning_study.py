@@ -36,10 +36,11 @@ ROUNDS = 14
 
 
 def sampled(tasks: tuple[ModelTask, ...], nth: int) -> list[ModelTask]:
-    """Return the tasks of every nth layer, the layers ordered by their work."""
+    """Return the tasks of every nth layer of those that are pruned, the layers ordered by their work."""
+    pruned = {item.task.workload for item in tasks if item.task.kept}
     works: dict[object, int] = {}
     for item in tasks:
-        if not item.task.kept:
+        if not item.task.kept and item.task.workload in pruned:
             works[item.task.workload] = max(works.get(item.task.workload, 0), item.macs)
     chosen = set(sorted(works, key=lambda work: (-works[work], str(work)))[nth // 2 :: nth])
     return [item for item in tasks if item.task.workload in chosen]

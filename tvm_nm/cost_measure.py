@@ -165,8 +165,7 @@ def measure_costs(
     with TemporaryDirectory(prefix="tvm-nm-costs-") as folder:
         builds = []
         for number, (pattern, density) in enumerate(wanted):
-            label = str(pattern) if pattern.fixed_density is not None else f"{pattern} at {density:g}"
-            step(f"building {number + 1} of {len(wanted)}: {label}")
+            step(f"building {number + 1} of {len(wanted)}: {pattern.at(density)}")
             plan = Plan(tuple(LayerChoice(name, pattern, density) for name in names))
             model = build_plan(imported, plan, target, Path(folder) / str(number), tuned)
             builds.append(_Build(pattern, density, model))

@@ -86,7 +86,7 @@ class Candidate:
     @property
     def label(self) -> str:
         """Pattern and density in words, such as ``1x16 at 0.25``."""
-        return str(self.pattern) if self.pattern.fixed_density is not None else f"{self.pattern} at {self.density:g}"
+        return self.pattern.at(self.density)
 
     @property
     def key(self) -> tuple[str, float]:

@@ -81,6 +81,10 @@ class SparsityPattern(ABC):
     def _choose(self, saliency: NDArray[np.floating[Any]], density: float, groups: int) -> BoolArray:
         """Return the mask; the arguments have been checked."""
 
+    def at(self, density: float) -> str:
+        """Return the pattern with a density in words, such as ``1x16 at 0.25``, or alone where it implies that."""
+        return str(self) if self.fixed_density is not None else f"{self} at {density:g}"
+
     def check_density(self, density: float | None) -> float:
         """Return the density to prune to.
 

@@ -176,10 +176,7 @@ def plot_front(front: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def choice_label(choice: LayerChoice | None) -> str:
     """Return pattern and density in words."""
-    if choice is None:
-        return "not named"
-    fixed = choice.pattern.fixed_density is not None
-    return str(choice.pattern) if fixed else f"{choice.pattern} at {choice.density:g}"
+    return "not named" if choice is None else choice.pattern.at(choice.density)
 
 
 def _table(*columns: str) -> Table:

@@ -26,13 +26,14 @@ from tvm_nm.patterns import SparsityPattern
 from tvm_nm.plan import uniform_plan
 from tvm_nm.runtime import CompiledModel
 from tvm_nm.schedules.kernel_task import KernelTask, parse_task
-from tvm_nm.schedules.machine import machine_of
+from tvm_nm.schedules.machine import Machine, machine_of
 from tvm_nm.schedules.tuned import TunedKernel
 from tvm_nm.schedules.variants import default_kernel, kernel_from_text, variant_text
 from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.outcomes import NetworkChoice, Progress
 from tvm_nm.tuning.pool import alone_on_the_machine
 from tvm_nm.tuning.tables import KernelTables, shipped_tables
+from tvm_nm.tuning.trials import TrialTable
 
 __all__ = ["choose_in_network", "compare", "scale_to"]
 
@@ -84,20 +85,21 @@ def choose_in_network(
     -------
     What was compared, a task each, those that take longest first.
     """
-    progress = progress or Progress()
+    told = progress or Progress()
     plan = uniform_plan(inventory(imported.module), pattern, density, include, exclude)
-    label = str(pattern) if pattern.fixed_density is not None else f"{pattern} at {density:g}"
+    label = pattern.at(density)
+    shipped = shipped_tables(database.target)
     with TemporaryDirectory(prefix="tvm-nm-network-") as folder:
-        models: list[CompiledModel] = []
-        best_kinds: frozenset[KernelTask] = frozenset()
-        for number in range(_BUILDS + 1):
-            progress.step(f"building {label} with other kernels, {number + 1} of {_BUILDS + 1}")
-            slate = _Slate(database, number) if number < _BUILDS else _Slate(database, 0, best_kinds)
+
+        def build(number: int, slate: _Slate) -> CompiledModel:
+            told.step(f"building {label} with other kernels, {number + 1} of {_BUILDS + 1}")
             where = Path(folder) / str(number)
-            models.append(build_plan(imported, plan, database.target, where, slate, always_sparse=False))
-            if number == 0:
-                best_kinds = frozenset(parse_task(layer.task) for layer in models[0].layers if layer.task)
-        progress.step(f"measuring {len(models)} builds in turns, {label}")
+            return build_plan(imported, plan, database.target, where, slate, always_sparse=False)
+
+        models = [build(number, _Slate(database, shipped, number)) for number in range(_BUILDS)]
+        best_kinds = frozenset(parse_task(layer.task) for layer in models[0].layers if layer.task)
+        models.append(build(_BUILDS, _Slate(database, shipped, 0, best_kinds)))
+        told.step(f"measuring {len(models)} builds in turns, {label}")
         with alone_on_the_machine():
             periods = [time_networks(models, seconds / _PERIODS) for _ in range(_PERIODS)]
         reports = [model.layers for model in models]
@@ -106,7 +108,7 @@ def choose_in_network(
     new = {parse_task(choice.task): dict(choice.times_us) for choice in found}
     scale = scale_to(database.within, new)
     database.add_within({task: {text: us * scale for text, us in times.items()} for task, times in new.items()})
-    progress.compared(label, found)
+    told.compared(label, found)
     return found
 
 
@@ -117,10 +119,16 @@ class _Slate:
     Winograd and direct kernels; tasks to avoid get one that loses against any other.
     """
 
-    def __init__(self, database: TuningDatabase, place: int, avoided: frozenset[KernelTask] = frozenset()) -> None:
+    def __init__(
+        self,
+        database: TuningDatabase,
+        shipped: tuple[TrialTable, ...],
+        place: int,
+        avoided: frozenset[KernelTask] = frozenset(),
+    ) -> None:
         self._database = database
-        self._shipped = shipped_tables(database.target)
-        self._tables = KernelTables((database, *self._shipped))
+        self._shipped = KernelTables(shipped)
+        self._tables = KernelTables((database, *shipped))
         self._place = place
         self._avoided = avoided
 
@@ -128,17 +136,16 @@ class _Slate:
         found = self._tables.best(task)
         if found is None:
             return None
-        variants = self._variants(task, found)
         machine = replace(machine_of(self._database.target), threads=task.threads)
+        variants = self._variants(task, found, machine)
         kernel = kernel_from_text(variants[self._place % len(variants)], task, machine)
         if task in self._avoided:
             return replace(found, kernel=kernel, latency_us=_NEVER_US, within_us=_NEVER_US)
         return replace(found, kernel=kernel)
 
-    def _variants(self, task: KernelTask, found: TunedKernel) -> list[str]:
+    def _variants(self, task: KernelTask, found: TunedKernel, machine: Machine) -> list[str]:
         """Return the texts of the variants to compare, what would be built first."""
-        machine = replace(machine_of(self._database.target), threads=task.threads)
-        shipped = KernelTables(self._shipped).best(task)
+        shipped = self._shipped.best(task)
         trials = self._database.best_trials(task)
         near = [trial.variant for trial in trials if trial.latency_us <= _NEAR * trials[0].latency_us]
         wanted = [variant_text(found.kernel), variant_text(default_kernel(task, machine))]
@@ -166,7 +173,7 @@ def compare(reports: Sequence[Sequence[LayerReport]], times_us: NDArray[np.float
     layers: dict[str, list[str]] = {}
     for number, row in enumerate(reports):
         for place, report in enumerate(row):
-            if not report.task or report.chain:
+            if not report.task:
                 continue
             chain = [at for at, other in enumerate(row) if at == place or other.chain == report.name]
             variants = samples.setdefault(report.task, {})

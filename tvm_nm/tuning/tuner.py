@@ -109,21 +109,20 @@ def tune(
     chosen = resolve_target(target, threads)
     progress.step("importing")
     imported = import_onnx(model, shapes=shapes, verify=False)
-    wanted = pruned_to(patterns, densities)
     include, exclude = tuple(include), tuple(exclude)
     found = model_tasks(imported.module, machine_of(chosen), patterns, densities, include, exclude)
-    if not in_network:
-        imported = replace(imported, module=tvm.IRModule())  # its weights are not needed any more
+    kept = imported if in_network else None  # its weights are needed no more otherwise
+    del imported
     records = TuningDatabase(database, chosen)
     summary = tune_tasks(
         found, records, trials=trials, minutes=minutes, thorough=thorough, retune=retune, progress=progress
     )
-    if not in_network:
+    if kept is None:
         return summary
     choices: list[NetworkChoice] = []
-    for pattern, density in wanted or [(Dense(), 1.0)]:
+    for pattern, density in pruned_to(patterns, densities) or [(Dense(), 1.0)]:
         choices += choose_in_network(
-            imported, records, pattern, density, include=include, exclude=exclude, progress=progress
+            kept, records, pattern, density, include=include, exclude=exclude, progress=progress
         )
     return replace(summary, choices=tuple(choices), seconds=time.perf_counter() - start)
 

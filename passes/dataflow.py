@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.tirx.buffer import is_buffer_var
 
 from tvm_nm.relax_numpy import as_constant, as_numpy, evaluate_constant_call, variables
 from tvm_nm.relax_numpy_ops import Array
@@ -78,11 +79,16 @@ def constant_of(expr: Any) -> Array | None:
 
 def kernel_var(name: str, function: Any) -> Any:
     """Return a global variable for a PrimFunc, of the type that Relax checks its callers against."""
-    buffers = [(tuple(int(size) for size in buffer.shape), str(buffer.dtype)) for buffer in function.params]
     var = tvm.ir.GlobalVar(name)
-    type_ = relax.FuncType([relax.TensorType(shape, dtype) for shape, dtype in buffers], relax.TupleType([]), False)
+    type_ = relax.FuncType([_argument_type(param) for param in function.params], relax.TupleType([]), False)
     relax.expr._update_type(var, type_)
     return var
+
+
+def _argument_type(param: Any) -> Any:
+    if not is_buffer_var(param):
+        return param.ty
+    return relax.TensorType(tuple(int(size) for size in param.shape), str(param.dtype))
 
 
 class Dataflow:

@@ -22,9 +22,11 @@ from tvm_nm.relax_numpy import as_constant
 from tvm_nm.schedules.blocked_layout import blocked_layout_func
 from tvm_nm.schedules.chain import ChainKernel, blocked_shape
 from tvm_nm.schedules.chain_code import chain_prim_func
+from tvm_nm.schedules.families import conv_family_of
 from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import machine_of
+from tvm_nm.schedules.packing import PackedWeights
 from tvm_nm.schedules.pool import (
     PoolKernel,
     PoolKind,
@@ -183,7 +185,7 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         if not isinstance(kernel, (FcKernel, ChainKernel)):
             in_shape, out_shape = kernel.workload.input_shape, kernel.workload.stored_shape
         data = self._shaped(self.visit_expr(fused.found.call.args[0]), in_shape)
-        arguments = [data, as_constant(choice.packed.values)]
+        arguments = [data, self._weights(kernel, choice.packed)]
         if choice.packed.index is not None:
             arguments.append(relax.const(choice.packed.index))
         arguments.append(relax.const(fused.bias))
@@ -196,6 +198,17 @@ class _Lowering(PyExprMutator):  # type: ignore[misc]
         if fused.epilogue.pool:
             return call if pool is None else pool
         return self._shaped(self.builder_.emit(call), layer.output_shape) if out_shape != layer.output_shape else call
+
+    def _weights(self, kernel: Kernel, packed: PackedWeights) -> Any:
+        """Return what a kernel reads: a constant, or what becomes of one."""
+        stored = as_constant(packed.values)
+        if isinstance(kernel, (FcKernel, ChainKernel)):
+            return stored
+        expansion = conv_family_of(kernel).expansion(kernel)
+        if expansion is None:
+            return stored
+        function = self.builder_.add_func(expansion, "tvm_nm_expand")
+        return self.builder_.emit(relax.call_tir(function, [stored], relax.TensorType(kernel.weight_shape, "float32")))
 
     def _maxima(self, fused: FusedLayer, kernel: Kernel, call: relax.Call) -> relax.Call | None:
         """Return the pooling of a layer whose kernel leaves the maxima to it; None for all other layers."""

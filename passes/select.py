@@ -46,7 +46,7 @@ class Choice:
     kernel
         The kernel variant.
     packed
-        Weights in its format.
+        Weights in its format, or what the kernel's family expands to that.
     pattern
         The sparsity pattern it exploits, as text; `dense` for none.
     density
@@ -111,13 +111,13 @@ def choose_conv(
         sparse = best(task)
         ratio, measured = sparse.compared_with(dense)
         if ratio < (1 if measured else _CONV_WORTHWHILE) or always_sparse:
-            packed = conv_family_of(sparse.kernel).pack(sparse.kernel, weights)
+            packed = conv_family_of(sparse.kernel).stored(sparse.kernel, weights)
             return Choice(
                 sparse.kernel, packed, str(detection.pattern), detection.density, "", sparse.tuning, sparse.task
             )
         how = "tuned" if measured else "predicted"
         note = f"{detection.pattern} at density {detection.density:.2f}: {how} {ratio:.2f}x the dense kernel's time"
-    packed = conv_family_of(dense.kernel).pack(dense.kernel, weights)
+    packed = conv_family_of(dense.kernel).stored(dense.kernel, weights)
     return Choice(dense.kernel, packed, "dense", detection.density, note, dense.tuning, dense.task)
 
 
@@ -251,7 +251,7 @@ def _best_option(
 ) -> _Option:
     """Return a direct task's best kernel, direct or Winograd; those that take the maxima that follow do so.
 
-    Winograd's weights are 1.8 to 4 times as large and its rounding errors larger: a small gain is not worth them.
+    Winograd's weights take up to 4 times the memory and its rounding errors are larger: a small gain is not worth it.
     """
     direct = _option(task, machine, tuned, pool=pool)
     pooled = None if pool is None else pooled_task(task, pool, machine)

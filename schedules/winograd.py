@@ -15,22 +15,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tvm
 from tvm import te, tirx
 
 from tvm_nm.schedules.conv_arguments import ConvArguments
-from tvm_nm.schedules.packing import PackedWeights
 from tvm_nm.schedules.winograd_output import in_parts, winograd_output
-from tvm_nm.schedules.winograd_points import combine_rows, transform_matrices, transform_weights
+from tvm_nm.schedules.winograd_points import combine_rows, transform_matrices
 from tvm_nm.workload import ConvWorkload
 
 __all__ = [
     "WINOGRAD_RULE",
     "WinogradKernel",
-    "pack_winograd",
-    "random_channels",
     "winograd_applies",
     "winograd_prim_func",
 ]
@@ -187,47 +182,6 @@ class WinogradKernel:
         place += f", {self.parts} parts" if self.parts > 1 else ""
         how = "channel " if self.block else ""
         return f"winograd {self.tile}x{self.tile}, {self.tiles_per_step}x{self.oc_vectors} {how}{place}"
-
-
-def pack_winograd(kernel: WinogradKernel, weights: npt.NDArray[np.float32]) -> PackedWeights:
-    """Transform weights (OC, IC, 3, 3) and pack them into `WinogradKernel.weight_shape`, with the table of channels.
-
-    Raises
-    ------
-    ValueError
-        If a block row keeps more input channels than `kernel.kept`.
-    """
-    if not kernel.block:
-        return PackedWeights(_packed(kernel, transform_weights(weights, kernel.tile)), None)
-    rows, kept_channels = -(-weights.shape[0] // kernel.block), weights.shape[1]
-    filled = np.zeros((rows * kernel.block, *weights.shape[1:]), np.float32)
-    filled[: weights.shape[0]] = weights
-    kept = (filled.reshape(rows, kernel.block, kept_channels, -1) != 0).any(axis=(1, 3))
-    if kept.sum(axis=1).max(initial=0) > kernel.kept:
-        raise ValueError(f"a block row keeps {kept.sum(axis=1).max()} inputs, the kernel was made for {kernel.kept}")
-    # Kept channels first, in order; a short row goes on with dropped ones, whose weights are zero.
-    table = np.sort(np.argsort(~kept, axis=1, kind="stable")[:, : kernel.kept], axis=1)
-    taken = np.take_along_axis(filled, np.repeat(table, kernel.block, axis=0)[:, :, None, None], axis=1)
-    return PackedWeights(_packed(kernel, transform_weights(taken, kernel.tile)), table.astype(kernel.index_dtype))
-
-
-def _packed(kernel: WinogradKernel, transformed: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Bring transformed weights (m + 2, m + 2, OC, reduction) into `WinogradKernel.weight_shape`."""
-    blocks, size, _, reduction, vectors, lanes = kernel.weight_shape
-    channels = min(transformed.shape[2], blocks * vectors * lanes)
-    filled = np.zeros((size, size, blocks * vectors * lanes, reduction), np.float32)
-    filled[:, :, :channels] = transformed[:, :, :channels]
-    split = filled.reshape(size, size, blocks, vectors, lanes, reduction)
-    return np.ascontiguousarray(split.transpose(2, 0, 1, 5, 3, 4))
-
-
-def random_channels(kernel: WinogradKernel, rng: np.random.Generator) -> npt.NDArray[np.integer] | None:
-    """Return a table as `pack_winograd` makes it from weights of a random mask; None for a dense kernel."""
-    if kernel.index_shape is None:
-        return None
-    rows, kept = kernel.index_shape
-    table = [np.sort(rng.permutation(kernel.workload.in_channels)[:kept]) for _ in range(rows)]
-    return np.stack(table).astype(kernel.index_dtype)
 
 
 @lru_cache(maxsize=256)

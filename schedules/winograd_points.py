@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
-__all__ = ["POINTS", "combine_columns", "combine_rows", "transform_matrices", "transform_weights"]
+__all__ = ["POINTS", "combine_columns", "combine_rows", "transform_matrices"]
 
 POINTS: dict[int, tuple[float, ...]] = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
 """Interpolation points, beside infinity, of each output tile size m; after 0, opposite points follow each other."""
@@ -48,13 +48,6 @@ def transform_matrices(tile: int) -> tuple[Matrix, Matrix, Matrix]:
     output[-1, -1] = weight[-1, -1] = 1.0
     data[-1] = np.poly(points)[::-1]
     return output, weight, data
-
-
-def transform_weights(weights: npt.NDArray[np.float32], tile: int) -> npt.NDArray[np.float32]:
-    """Return `G w G^T` of each 3 x 3 kernel: (OC, IC, 3, 3) to (m + 2, m + 2, OC, IC), computed in float64."""
-    matrix = transform_matrices(tile)[1]
-    transformed: Matrix = np.einsum("ia,ocab,jb->ijoc", matrix, weights.astype(np.float64), matrix, optimize=True)
-    return transformed.astype(np.float32)
 
 
 def combine_rows(matrix: Matrix, row: Any, value: Callable[[int], Any]) -> Any:

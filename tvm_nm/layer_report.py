@@ -34,7 +34,7 @@ class LayerReport:
     macs, kept_macs
         Multiply-accumulates of the dense layer, and those that the kernel executes.
     packed_bytes
-        Size of packed values and indices.
+        Size of packed values and indices, as they are stored.
     note
         Why a layer with zeros stayed dense; empty otherwise.
     shape

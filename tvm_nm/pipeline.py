@@ -14,6 +14,7 @@ from tvm_nm.errors import UnsupportedModelError
 from tvm_nm.layer_report import LayerReport
 from tvm_nm.passes.concat import ConcatInPlace, MarkConcats
 from tvm_nm.passes.in_place import AddInPlace
+from tvm_nm.passes.keep_weights import KeepExpandedWeights
 from tvm_nm.passes.lower import Lower, layer_reports
 from tvm_nm.passes.power import QuarterPowers
 from tvm_nm.schedules.apply import ApplyDefaultSchedules, pass_context
@@ -58,6 +59,7 @@ def scheduling_passes(target: tvm.target.Target) -> list[tvm.transform.Pass]:
         relax.transform.ToNonDataflow(),
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
+        KeepExpandedWeights(),
         ConcatInPlace(),
         AddInPlace(),
         *cpu_generic.finalize_passes(target),

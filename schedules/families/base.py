@@ -100,6 +100,17 @@ class ConvFamily(KernelFamily[C]):
     def pack(self, kernel: C, weights: npt.NDArray[np.float32]) -> PackedWeights:
         """Return weights (OC, IC/groups, KH, KW) as a variant reads them."""
 
+    def stored(self, kernel: C, weights: npt.NDArray[np.float32]) -> PackedWeights:
+        """Return what a build holds of weights: what a variant reads, or what `expansion` makes that of."""
+        return self.pack(kernel, weights)
+
+    def expansion(self, kernel: C) -> tvm.tirx.PrimFunc | None:
+        """Return the function that makes what a variant reads of what is stored; None where these are the same.
+
+        It has the attribute `tvm_nm.schedules.kept_weights.EXPANDS`.
+        """
+        return None
+
     @abstractmethod
     def random_table(self, kernel: C, rng: np.random.Generator) -> npt.NDArray[np.integer] | None:
         """Return an index table as `pack` makes it from weights of a random mask; None where there is none."""

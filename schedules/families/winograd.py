@@ -13,7 +13,8 @@ from tvm_nm.schedules.families.base import ConvFamily
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
 from tvm_nm.schedules.packing import PackedWeights
-from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, random_channels, winograd_prim_func
+from tvm_nm.schedules.winograd import WinogradKernel, winograd_prim_func
+from tvm_nm.schedules.winograd_packing import compact_winograd, pack_winograd, random_channels, winograd_expansion
 from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidates, winograd_cycles
 
 __all__ = ["WinogradFamily"]
@@ -84,6 +85,14 @@ class WinogradFamily(ConvFamily[WinogradKernel]):
     def pack(self, kernel: WinogradKernel, weights: npt.NDArray[np.float32]) -> PackedWeights:
         """Return the transformed and packed weights."""
         return pack_winograd(kernel, weights)
+
+    def stored(self, kernel: WinogradKernel, weights: npt.NDArray[np.float32]) -> PackedWeights:
+        """Return the packed weights before their transform."""
+        return compact_winograd(kernel, weights)
+
+    def expansion(self, kernel: WinogradKernel) -> tvm.tirx.PrimFunc | None:
+        """Return the transform."""
+        return winograd_expansion(kernel)
 
     def random_table(self, kernel: WinogradKernel, rng: np.random.Generator) -> npt.NDArray[np.integer] | None:
         """Return a table of channels."""

@@ -24,7 +24,8 @@ from tvm_nm.schedules.packing import pack_conv
 from tvm_nm.schedules.pool import PoolKind, choose_pool_kernel, pool_prim_func
 from tvm_nm.schedules.tensor_intrin_stub import skip_tensor_intrinsics
 from tvm_nm.schedules.tiling import choose_kernel
-from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_prim_func
+from tvm_nm.schedules.winograd import WinogradKernel, winograd_prim_func
+from tvm_nm.schedules.winograd_packing import pack_winograd
 from tvm_nm.workload import ConvWorkload, Epilogue
 
 skip_tensor_intrinsics()

@@ -17,8 +17,9 @@ from tvm import s_tir
 
 from tvm_nm.schedules.decisions import divisors
 from tvm_nm.schedules.machine import Machine, host_target, machine_of
-from tvm_nm.schedules.winograd import WinogradKernel, pack_winograd, winograd_applies, winograd_prim_func
-from tvm_nm.schedules.winograd_points import POINTS, transform_matrices, transform_weights
+from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies, winograd_prim_func
+from tvm_nm.schedules.winograd_packing import pack_winograd
+from tvm_nm.schedules.winograd_points import POINTS, transform_matrices
 from tvm_nm.schedules.winograd_tiling import choose_winograd, winograd_candidates, winograd_cycles
 from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 
@@ -246,11 +247,10 @@ def test_transforms_are_a_convolution(tile: int) -> None:
     np.testing.assert_allclose(found, want, rtol=1e-12, atol=1e-12)
 
 
-def test_weights_are_transformed_in_double_precision() -> None:
-    weights = normal((5, 3, 3, 3), np.random.default_rng(1))
-    matrix = transform_matrices(4)[1]
-    want = matrix @ weights.astype(np.float64) @ matrix.T
-    np.testing.assert_array_equal(transform_weights(weights, 4), want.transpose(2, 3, 0, 1).astype(np.float32))
+def transformed(weights: np.ndarray, tile: int) -> np.ndarray:
+    """Return `G w G^T` in double precision: (OC, IC, 3, 3) to (m + 2, m + 2, OC, IC)."""
+    matrix = transform_matrices(tile)[1]
+    return (matrix @ weights.astype(np.float64) @ matrix.T).transpose(2, 3, 0, 1)
 
 
 def test_packed_weights() -> None:
@@ -261,7 +261,7 @@ def test_packed_weights() -> None:
     assert packed.values.shape == kernel.weight_shape == (2, 4, 4, 3, 2, 8)
     assert packed.bytes == 2 * 16 * 3 * 16 * 4
     # Output channel 19 is lane 3 of vector 0 of block 1; channels from 20 on are empty.
-    np.testing.assert_array_equal(packed.values[1, :, :, :, 0, 3], transform_weights(weights, 2)[:, :, 19])
+    np.testing.assert_allclose(packed.values[1, :, :, :, 0, 3], transformed(weights, 2)[:, :, 19], rtol=1e-7)
     assert not packed.values[1, :, :, :, 0, 4:].any()
     assert not packed.values[1, :, :, :, 1].any()
 
@@ -277,7 +277,7 @@ def test_packed_weights_of_block_rows() -> None:
     assert packed.index is not None
     # The second row keeps two channels; the third is any, with zero weights.
     np.testing.assert_array_equal(packed.index, [[1, 3, 4], [0, 3, 5]])
-    np.testing.assert_array_equal(packed.values[1, :, :, 2, 0], transform_weights(weights, 2)[:, :, 8:16, 4])
+    np.testing.assert_allclose(packed.values[1, :, :, 2, 0], transformed(weights, 2)[:, :, 8:16, 4], rtol=1e-7)
     assert not packed.values[2, :, :, 0].any()
     weights[0, 0] = 1.0
     with pytest.raises(ValueError, match="a block row keeps 4 inputs, the kernel was made for 3"):

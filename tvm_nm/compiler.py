@@ -28,6 +28,7 @@ from tvm_nm.layer_pruning import Method
 from tvm_nm.linker import export_library
 from tvm_nm.manifest import MANIFEST, Manifest, Verification
 from tvm_nm.masks import BoolArray, PackedMasks
+from tvm_nm.memory import release_memory
 from tvm_nm.onnx_pruning import PrunedOnnx, prune_imported
 from tvm_nm.passes.rearrange import REARRANGEMENT_ATTR, rearrangement_report
 from tvm_nm.patterns import SparsityPattern
@@ -47,7 +48,7 @@ from tvm_nm.pruning import (
 )
 from tvm_nm.reference_run import compare, random_inputs, run_onnx
 from tvm_nm.report import report_text
-from tvm_nm.runtime import CompiledModel, release_memory
+from tvm_nm.runtime import CompiledModel
 from tvm_nm.targets import processor, resolve_target
 from tvm_nm.tuning.tables import tuned_kernels
 

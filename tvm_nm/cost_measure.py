@@ -26,12 +26,13 @@ from tvm_nm.fingerprint import model_sha256, plain_target, structure_digest
 from tvm_nm.frontend import ImportedModel
 from tvm_nm.inventory import Layer, inventory
 from tvm_nm.manifest import MANIFEST
+from tvm_nm.memory import release_memory
 from tvm_nm.network_times import spread_rest, time_networks
 from tvm_nm.patterns import Dense, SparsityPattern, parse_pattern
 from tvm_nm.pipeline import build_executable
 from tvm_nm.plan import LayerChoice, Plan, prunable_layers
 from tvm_nm.pruning import prune_by_plan
-from tvm_nm.runtime import CompiledModel, release_memory
+from tvm_nm.runtime import CompiledModel
 from tvm_nm.schedules.kernel_task import TEMPLATE_REVISION
 from tvm_nm.schedules.tuned import TunedKernels
 

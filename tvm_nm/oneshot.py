@@ -15,6 +15,7 @@ from tvm_nm.calibration import CalibrationImages, batch_size
 from tvm_nm.errors import CalibrationError, PlanError, UnsupportedModelError
 from tvm_nm.inventory import layer_calls
 from tvm_nm.masks import BoolArray, PackedMasks
+from tvm_nm.memory import release_memory
 from tvm_nm.onnx_network import LayerWeights, OnnxNetwork
 from tvm_nm.onnx_segment import FloatArray
 from tvm_nm.onnx_weights import replace_weights
@@ -23,7 +24,6 @@ from tvm_nm.plan import Plan, near_names
 from tvm_nm.prune_onnx import prune_onnx
 from tvm_nm.reconstruction import LayerFit, Options, reconstruct
 from tvm_nm.reconstruction_db import build_database, stitch
-from tvm_nm.runtime import release_memory
 from tvm_nm.saliency import calibrated_saliency
 
 __all__ = ["OneShot", "channel_importance", "images_per_run", "plan_saliency", "prune_calibrated"]

@@ -24,6 +24,7 @@ from tvm_nm.onnx_segment import FloatArray, Segment
 __all__ = ["LayerNode", "LayerWeights", "OnnxNetwork"]
 
 _BIAS = 2
+_LARGE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,12 +210,13 @@ class OnnxNetwork:
         read = reads - self._fixed - made
         own = {tensor.name for tensor in tensors}
         makers, constants = self._constants(reads & self._fixed - own)
+        initializers, large = _large_apart([*constants, *tensors])
         graph = helper.make_graph(
             [*makers, *nodes],
             "segment",
             [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in sorted(read - own)],
             [onnx.ValueInfoProto(name=name) for name in wanted],
-            [*constants, *tensors],
+            initializers,
         )
         model = helper.make_model(
             graph,
@@ -222,7 +224,8 @@ class OnnxNetwork:
             functions=self.model.functions,
             ir_version=max(self.model.ir_version, 4),
         )
-        return Segment(model, sorted(read - own), wanted, [name for name in outputs if name not in made], threads)
+        passed = [name for name in outputs if name not in made]
+        return Segment(model, large, sorted(read - own), wanted, passed, threads)
 
     def with_weights(self, weights: Mapping[str, LayerWeights]) -> OnnxNetwork:
         """Return the network with other weights; the arrays are shared, the model is not changed."""
@@ -315,6 +318,21 @@ class OnnxNetwork:
             padding=padding,
             rank=len(shape),
         )
+
+
+def _large_apart(tensors: Iterable[onnx.TensorProto]) -> tuple[list[onnx.TensorProto], dict[str, FloatArray]]:
+    """Replace large weights by references; a model that holds them is copied whenever it is handed on."""
+    kept, large = [], {}
+    for tensor in tensors:
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.raw_data) < _LARGE:
+            kept.append(tensor)
+            continue
+        large[tensor.name] = numpy_helper.to_array(tensor)
+        reference = onnx.TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        reference.data_location = onnx.TensorProto.EXTERNAL
+        reference.external_data.add(key="location", value="memory")
+        kept.append(reference)
+    return kept, large
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:

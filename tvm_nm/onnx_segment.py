@@ -31,6 +31,7 @@ class Segment:
     def __init__(
         self,
         model: onnx.ModelProto,
+        weights: Mapping[str, FloatArray],
         inputs: Sequence[str],
         outputs: Sequence[str],
         passed: Sequence[str],
@@ -48,6 +49,10 @@ class Segment:
         options.log_severity_level = 4
         # Calibration tensors are large and of few sizes: an arena would keep the largest of each segment.
         options.enable_cpu_mem_arena = False
+        # One more copy of the weights, for which a few batches do not pay.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        self._weights = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), self._weights)
         try:
             # onnxruntime 1.31 moves explicit zero padding into a max pool, wrong where padded values are negative.
             self._session = ort.InferenceSession(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tvm_nm.errors import PlanError
 from tvm_nm.layer_pruning import Fit, Method, fit_layer
 from tvm_nm.masks import BoolArray
+from tvm_nm.memory import release_memory
 from tvm_nm.observation import Observation, Walk, observe_layer
 from tvm_nm.onnx_network import LayerNode, LayerWeights, OnnxNetwork
 from tvm_nm.patterns import Dense
@@ -172,6 +173,8 @@ def reconstruct(
         if pruned is dense:
             pruned = dense.fork()
         reports.append(LayerFit(layer.name, choice, fit.error, time.perf_counter() - started))
+        del seen, fit
+        release_memory()
     return Reconstruction(result.weights, result.masks, tuple(reports))
 
 

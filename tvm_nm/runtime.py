@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
 import threading
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from tvm_nm.agreement import Agreement
     from tvm_nm.bench import BenchmarkResult
 
-__all__ = ["CompiledModel", "load", "release_memory", "use_threads"]
+__all__ = ["CompiledModel", "load", "use_threads"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -265,13 +264,6 @@ def use_threads(threads: int) -> None:
             f"the process starts, or run the model with threads={actual}"
         )
     _pool.threads = threads
-
-
-def release_memory() -> None:
-    """Give memory that was freed back to the system; the allocator of glibc keeps hundreds of megabytes otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _check_host(manifest: Manifest, directory: Path) -> None:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.models import shared_model
-from tvm_nm import reference
+from tvm_nm import onnx_network, reference
 from tvm_nm.calibration import ArrayImages
 from tvm_nm.cli import cli
 from tvm_nm.compiler import compile as compile_model
@@ -97,14 +97,31 @@ def batches(size: int = 32) -> Callable[[], object]:
     return lambda: (IMAGES[start : start + size] for start in range(0, len(IMAGES), size))
 
 
+@pytest.mark.parametrize("large", [1, 1 << 20], ids=["weights beside the model", "weights in the model"])
 @pytest.mark.parametrize("position", range(0, 13, 3))
-def test_segments_put_together_are_the_network(position: int) -> None:
+def test_segments_put_together_are_the_network(position: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network = OnnxNetwork(small_network())
     whole = network.run(IMAGES)
+    monkeypatch.setattr(onnx_network, "_LARGE", large)
     first = network.segment(0, position, network.frontier(position))
     second = network.segment(position, network.end, [network.output])
     found = {network.input: IMAGES, **first({network.input: IMAGES})}
     np.testing.assert_allclose(second(found)[network.output], whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("large", [1, 1 << 20], ids=["weights beside the model", "weights in the model"])
+def test_other_weights_are_used_however_they_are_handed_over(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_network, "_LARGE", large)
+    network = OnnxNetwork(small_network())
+    halved = {
+        name: LayerWeights(network.weights(name).weight / 2, network.weights(name).bias / 2) for name in network.layers
+    }
+    model = small_network()
+    for tensor in network.model.graph.initializer:  # the same network, whose weights are drawn at random
+        next(t for t in model.graph.initializer if t.name == tensor.name).CopyFrom(tensor)
+    replace_weights(model, halved)
+    np.testing.assert_allclose(answers(network, halved), OnnxNetwork(model).run(IMAGES), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(answers(network, halved), network.run(IMAGES), rtol=1e-2)
 
 
 @pytest.mark.parametrize("form", ["2:4", "1:4", "2:4t4", "1x4", "1x4p", "1x4u", "1x4pu", "1x3p"])

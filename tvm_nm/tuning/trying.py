@@ -24,7 +24,8 @@ import tvm
 from tvm import te
 
 from tvm_nm.linker import export_library
-from tvm_nm.runtime import release_memory, use_threads
+from tvm_nm.memory import release_memory
+from tvm_nm.runtime import use_threads
 from tvm_nm.schedules.apply import pass_context, schedule_function
 from tvm_nm.schedules.families import family_of
 from tvm_nm.schedules.kernel_task import parse_task

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -20,16 +21,21 @@ __all__ = ["Group", "Steps"]
 
 _EXPECTED_ERROR = 2
 _TIMED = "measuring"
+_SILENCE = 30.0  # seconds after which a log says how far a step has come
 
 
 class Steps:
-    """Says on standard error which step is under way: a spinner on a terminal, else a line for each."""
+    """Says on standard error which step is under way: a spinner on a terminal, else a line for each.
+
+    How far a step has come, in brackets, is for terminals; other outputs hear of it every half a minute.
+    """
 
     def __init__(self) -> None:
         console = Console(stderr=True)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._last = ""
+        self._said = 0.0
         if console.is_terminal:
             columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._progress = Progress(*columns, console=console, transient=True)
@@ -47,10 +53,10 @@ class Steps:
         """Start a step, or say in brackets behind its name how far it has come."""
         _Signals.raise_pending()
         if self._progress is None:
-            head = step.partition(" (")[0]  # how far a step has come, in brackets, is for terminals
-            if head != self._last:
-                click.echo(f"{head} ...", err=True)
-            self._last = head
+            head, now = step.partition(" (")[0], time.monotonic()
+            if head != self._last or now - self._said >= _SILENCE:
+                click.echo(f"{head if head != self._last else step} ...", err=True)
+                self._last, self._said = head, now
             return
         if self._task is not None:
             self._progress.remove_task(self._task)

@@ -159,7 +159,7 @@ def compile_command(
 
 @click.command("demo")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Keep the sparse artefact.")
-@pattern_options("1x4")
+@pattern_options("1x4p", "0.25; with --pattern the pattern's, or 0.5")
 @threads_option
 @json_option
 def demo_command(

@@ -148,13 +148,11 @@ method_option = click.option(
 )
 
 
-def pattern_options(default: str) -> Callable[[_F], _F]:
-    """Return the options that say what to prune to; the command itself has the pattern's default."""
+def pattern_options(default: str, density: str = "the pattern's, or 0.5") -> Callable[[_F], _F]:
+    """Return the options that say what to prune to; the command itself has the defaults."""
     return option_group(
         click.option("--pattern", metavar="P", help=f"Sparsity pattern: {_PATTERNS}. [default: {default}]"),
-        click.option(
-            "--density", type=float, metavar="D", help="Share of weights kept. [default: the pattern's, or 0.5]"
-        ),
+        click.option("--density", type=float, metavar="D", help=f"Share of weights kept. [default: {density}]"),
         include_option,
         exclude_option,
         method_option,

@@ -74,7 +74,7 @@ def fuse_epilogues(calls: Sequence[LayerCall], bindings: Sequence[Any], result: 
     """Attach to every layer the longest chain ``+ bias, + residual, clip`` whose links have no other use.
 
     Max pooling is attached to convolutions that kernels may compute which take it, unless there is a residual: that of
-    2x2 pixels by Winograd's algorithm, any by the stem family.
+    2x2 pixels by Winograd's algorithm, any by kernels for first layers.
     An add of two layers goes to the later one, when the other's output is already there.
 
     Parameters

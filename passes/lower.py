@@ -58,7 +58,7 @@ class Lower:
     The zeros in a layer's weights decide: if a sparsity pattern explains them and its kernel is predicted to be faster
     than the dense one, the weights are packed into values and an index table. The bias, one residual add and one
     activation that follow a layer, and have no other use, are computed in its kernel; so is max pooling, where that is
-    a kernel of the stem family or, for 2x2 pixels, by Winograd's algorithm.
+    a kernel for first layers or, for 2x2 pixels, by Winograd's algorithm.
 
     The result still holds Relax operators (softmax, concat, ...) for the usual legalisation, and `layer_reports` tells
     what was done. The PrimFuncs are not scheduled yet.
@@ -70,7 +70,8 @@ class Lower:
     always_sparse
         Use a sparse kernel wherever a pattern explains the zeros, even one that is predicted to lose.
     winograd
-        Let 3x3 convolutions be computed by Winograd's algorithm where that is predicted to be faster.
+        Let 3x3 convolutions and large first ones be computed by Winograd's algorithm where that is predicted to be
+        faster.
     tuned
         Tuned kernel variants, such as a `tvm_nm.tuning.database.TuningDatabase` of the target; default: none.
     chains

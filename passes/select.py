@@ -260,10 +260,12 @@ def _best_option(
         if taking.compared_with(direct)[0] < 1:
             direct = taking
     if winograd and winograd_fits(task, machine):
-        if pool is not None and pool.is_squares:
-            transformed = _option(task.with_maxima, machine, tuned)
+        by_winograd = task.as_winograd
+        taking_task = None if pool is None else pooled_task(by_winograd, pool, machine)
+        if taking_task is None:
+            transformed = _option(by_winograd, machine, tuned, pool=pool)
         else:
-            transformed = _option(task.as_winograd, machine, tuned, pool=pool)
+            transformed = _option(taking_task, machine, tuned)
         if transformed.compared_with(direct)[0] < _CONV_WORTHWHILE:
             return transformed
     return direct

@@ -10,6 +10,7 @@ from tvm_nm.schedules.chain import KEEP_ALL, ChainKernel, Mixing, chain_applies
 from tvm_nm.schedules.conv import ConvKernel, IndexKind
 from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.stem_conv import stem_applies
+from tvm_nm.schedules.stem_winograd import StemWinogradKernel, stem_winograd_applies
 from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
 from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 
@@ -157,19 +158,15 @@ class KernelTask:
 
     @property
     def takes_winograd(self) -> bool:
-        """Whether Winograd's algorithm applies: it needs all positions of a kernel, or none."""
+        """Whether Winograd's algorithm applies: it needs all positions of a kernel, or none; stems are dense."""
         whole = self.index is not IndexKind.POSITION and not self.group
-        return self.kind == "conv" and whole and winograd_applies(self.workload)
+        stem = self.index is IndexKind.NONE and stem_winograd_applies(self.workload)
+        return self.kind == "conv" and (stem or (whole and winograd_applies(self.workload)))
 
     @property
     def as_winograd(self) -> KernelTask:
         """The same by Winograd's algorithm."""
         return replace(self, winograd=True)
-
-    @property
-    def with_maxima(self) -> KernelTask:
-        """The same by Winograd's algorithm, with maxima of 2x2 pixels after all else."""
-        return replace(self, winograd=True, workload=self.workload.pooled(MaxPool()))
 
     def pooled(self, pool: MaxPool) -> KernelTask | None:
         """Return the same with maxima after all else; None where only kernels of another task take them."""
@@ -177,7 +174,7 @@ class KernelTask:
 
     def _takes(self, pool: MaxPool) -> bool:
         if self.winograd:
-            return pool.is_squares
+            return pool.is_squares or not winograd_applies(self.workload)
         return self.kind == "conv" and self.index is IndexKind.NONE and stem_applies(self.workload)
 
     def with_kept(self, kept: int) -> KernelTask:
@@ -203,7 +200,7 @@ class KernelTask:
     @classmethod
     def of(
         cls,
-        kernel: ConvKernel | FcKernel | WinogradKernel | ChainKernel,
+        kernel: ConvKernel | FcKernel | StemWinogradKernel | WinogradKernel | ChainKernel,
         threads: int,
         workload: ConvWorkload | None = None,
     ) -> KernelTask:
@@ -230,6 +227,8 @@ class KernelTask:
                 return cls("fc", work, threads)
             return cls("fc", work, threads, IndexKind.CHANNEL, kernel.block, kernel.kept)
         work = workload or kernel.workload
+        if isinstance(kernel, StemWinogradKernel):
+            return cls("conv", work, threads, winograd=True)
         if isinstance(kernel, WinogradKernel):
             index = IndexKind.CHANNEL if kernel.block else IndexKind.NONE
             return cls("conv", work, threads, index, kernel.block, kernel.kept, winograd=True)

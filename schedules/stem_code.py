@@ -23,9 +23,9 @@ conditions of inner loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import Any
 
 import tvm
@@ -42,12 +42,12 @@ from tvm_nm.schedules.chain_loops import (
     most_of,
     registers,
     splat,
-    store_turned,
     store_vector,
 )
 from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.schedules.stem_conv import StemKernel
+from tvm_nm.schedules.stem_output import StemOutput, runs
 from tvm_nm.workload import MaxPool
 
 __all__ = ["stem_prim_func"]
@@ -74,7 +74,7 @@ class _Code:
         self._lanes = kernel.lanes
         self._buffers = buffers
         self._pool = kernel.workload.epilogue.pool
-        _, _, self._stored_height, self._stored_width = kernel.workload.stored_shape
+        self._output = StemOutput(kernel.workload, kernel.lanes, buffers)
 
     def emit(self) -> None:
         kernel, work = self._kernel, self._work
@@ -82,8 +82,8 @@ class _Code:
             image, band = divided(task, kernel.bands, work.batch)
             first = bound(band * kernel.rows)
             count = kernel.rows
-            if self._stored_height % count:
-                count = least(count, self._stored_height - first)
+            if self._output.height % count:
+                count = least(count, self._output.height - first)
             top = first
             if self._pool is not None:
                 top = most_of(0, first * self._pool.stride[0] - self._pool.padding[0])
@@ -97,10 +97,6 @@ class _Code:
     def _plane(self) -> int:
         """Elements of the sums of a vector of channels that are kept."""
         return self._kernel.ring_rows * self._work.out_width * self._lanes
-
-    @property
-    def _stored_pixels(self) -> int:
-        return self._stored_height * self._stored_width
 
     def _copy_input(self, image: Any, top: Any, source: Any) -> None:
         """Copy a band's rows, the first of which is `top`, with zeros for what lies beyond the map."""
@@ -120,9 +116,9 @@ class _Code:
                     def copy(x: Any, origin: Any = origin, at: Any = at) -> None:
                         store_vector(source, at + left + x, load(self._buffers["data"], origin + x, lanes), lanes)
 
-                    _runs(width, lanes, copy)
+                    runs(width, lanes, copy)
                 with T.Else():
-                    _runs(self._kernel.in_row, lanes, lambda x: store_vector(source, to + x, splat(0.0, lanes), lanes))
+                    runs(self._kernel.in_row, lanes, lambda x: store_vector(source, to + x, splat(0.0, lanes), lanes))
 
     def _channels(self, image: Any, start: Any, first: Any, count: Any, top: Any, source: Any, sums: Any) -> None:
         """Compute some vectors of channels, from vector `start`, of `count` stored rows; sums begin with row `top`."""
@@ -131,14 +127,14 @@ class _Code:
         if work.out_channels % lanes:
             channels = [least(work.out_channels - lanes, channel) for channel in channels]
         bias = [T.Bind(load(self._buffers["bias"], channel, lanes)) for channel in channels]
-        line, pool = sums, self._pool
+        line, pool = None, self._pool
         if pool is not None:
-            line = T.alloc_buffer(((pool.padding[1] + work.out_width + pool.padding[3]) * lanes,), "float32")
+            line = T.alloc_buffer((self._output.line_size,), "float32")
         with T.serial(0, count) as number:
             y = bound(first + number)
             # Where the row of each vector's first channel begins in the output.
             rows = [
-                bound((image * work.out_channels + channel) * self._stored_pixels + y * self._stored_width)
+                bound((image * work.out_channels + channel) * self._output.pixels + y * self._output.width)
                 for channel in channels
             ]
             if pool is None:
@@ -147,9 +143,11 @@ class _Code:
                 with self._new_rows(pool, y, number) as row:
                     self._sums(start, bias, row - top, source, sums, self._ring_row(row), rows)
             for v, row in enumerate(rows):
-                if pool is not None:
-                    self._tallest(pool, y, sums, v * self._plane, line)
-                self._store(line, v * self._plane if pool is None else 0, row)
+                if pool is None:
+                    self._output.store(sums, v * self._plane, row)
+                else:
+                    self._output.tallest_rows(pool, y, sums, v * self._plane, self._ring_row, line)
+                    self._output.store(line, 0, row)
 
     @contextmanager
     def _new_rows(self, pool: MaxPool, y: Any, number: Any) -> Iterator[Any]:
@@ -201,47 +199,5 @@ class _Code:
         lines = lanes * len(rows)
         for part in range(-(-lines // steps)):
             line = T.Bind(tirx.min(lines - 1, step + part * steps))
-            at = rows[0] + line * self._stored_pixels + column  # of the last vector perhaps too far: it may overlap
+            at = rows[0] + line * self._output.pixels + column  # of the last vector perhaps too far: it may overlap
             T.add_to_parent(fetch(Fetch.WRITE, self._buffers["out"], [at]))
-
-    def _tallest(self, pool: MaxPool, y: Any, sums: Any, start: int, line: Any) -> None:
-        """Take maxima of the rows of a window; beyond the map, the rows and columns at its border stand in."""
-        work, lanes = self._work, self._lanes
-        begin = T.Bind(y * pool.stride[0] - pool.padding[0])
-        rows = [least(work.out_height - 1, most_of(0, begin + ky)) for ky in range(pool.kernel[0])]
-        places = [self._ring_row(row) for row in rows]
-        _, left, _, right = pool.padding
-        with T.serial(0, work.out_width) as x:
-            values = [load(sums, start + place + x * lanes, lanes) for place in places]
-            store_vector(line, (left + x) * lanes, _greatest(values), lanes)
-        last = left + work.out_width - 1
-        for border, columns in ((left, range(left)), (last, range(last + 1, last + 1 + right))):
-            for column in columns:
-                store_vector(line, column * lanes, load(line, border * lanes, lanes), lanes)
-
-    def _store(self, line: Any, start: int, row: Any) -> None:
-        """Turn a row of a vector's sums to pixels, and store them through the epilogue to `row` and those below."""
-        work, lanes, pool = self._work, self._lanes, self._pool
-        step, reads = (1, 1) if pool is None else (pool.stride[1], pool.kernel[1])
-
-        def square(pixel: Any) -> None:
-            at = bound(row + pixel)
-            windows = [
-                [load(line, start + ((pixel + i) * step + x) * lanes, lanes) for x in range(reads)]
-                for i in range(lanes)
-            ]
-            turned = [T.Bind(_greatest(window)) for window in windows]
-            store_turned(turned, self._buffers, at, self._stored_pixels, work.epilogue, lanes)
-
-        _runs(self._stored_width, lanes, square)
-
-
-def _greatest(vectors: list[Any]) -> Any:
-    """Return the greatest of some vectors, lane by lane."""
-    return reduce(tirx.max, vectors)
-
-
-def _runs(size: int, lanes: int, body: Callable[[Any], None]) -> None:
-    """Loop over the starts of runs of `lanes` elements; the last begins early enough to be whole."""
-    with T.serial(0, -(-size // lanes)) as number:
-        body(T.Bind(tirx.min(size - lanes, number * lanes)) if size % lanes else number * lanes)

@@ -15,6 +15,8 @@ import tvm
 from tvm_nm.schedules.families import Kernel, families_for, family_of
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.machine import Machine
+from tvm_nm.schedules.stem_winograd_tiling import stem_winograd_candidates
+from tvm_nm.schedules.winograd import winograd_applies
 from tvm_nm.workload import MaxPool
 
 __all__ = [
@@ -53,12 +55,14 @@ def default_kernel(task: KernelTask, machine: Machine) -> Kernel:
 
 
 def winograd_fits(task: KernelTask, machine: Machine) -> bool:
-    """Whether there are Winograd kernels for a direct task: block rows are whole vectors."""
-    return task.takes_winograd and task.block % machine.lanes == 0
+    """Whether there are Winograd kernels for a direct task: block rows are whole vectors, stems wide enough."""
+    if not task.takes_winograd or task.block % machine.lanes:
+        return False
+    return winograd_applies(task.workload) or bool(stem_winograd_candidates(task.workload, machine))
 
 
 def pooled_task(task: KernelTask, pool: MaxPool, machine: Machine) -> KernelTask | None:
-    """Return a direct task with the maxima that follow, where there are kernels for both in one; else None."""
+    """Return a task with the maxima that follow, where there are kernels for both in one; else None."""
     pooled = task.pooled(pool)
     if pooled is None or not any(family.candidates(pooled, machine) for family in families_for(pooled)):
         return None

@@ -52,7 +52,7 @@ __all__ = ["compile_command", "demo_command"]
 @click.option("--stitch", is_flag=True, help="Take the pruned layers from --reconstruction as they are there.")
 @untuned_option
 @click.option("--no-verify", is_flag=True, help="Do not compare the outputs with onnxruntime's.")
-@click.option("--no-winograd", is_flag=True, help="Compute 3x3 convolutions directly: smaller, rounds less.")
+@click.option("--no-winograd", is_flag=True, help="Compute all convolutions directly: less memory, rounds less.")
 def compile_command(
     model: Path | None,
     output: Path | None,

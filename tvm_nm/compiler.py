@@ -133,7 +133,7 @@ def compile(  # noqa: A001  (tvm_nm.compile is what it is called)
     verify
         Compare the library's outputs on a random input with those of onnxruntime running the pruned model.
     winograd
-        Let 3x3 convolutions be computed by Winograd's algorithm where that is faster. Its weights take up to four
+        Let convolutions be computed by Winograd's algorithm where that is faster. Its weights take up to four
         times the memory, though not on disk, and it rounds differently: errors of about 1e-5 of the largest output
         instead of 1e-6.
     overwrite

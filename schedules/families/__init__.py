@@ -17,13 +17,15 @@ from tvm_nm.schedules.families.lane import LaneFamily
 from tvm_nm.schedules.families.pair import PairFamily
 from tvm_nm.schedules.families.pixel import PixelFamily
 from tvm_nm.schedules.families.stem import StemFamily
+from tvm_nm.schedules.families.stem_winograd import StemWinogradFamily
 from tvm_nm.schedules.families.winograd import WinogradFamily
 from tvm_nm.schedules.fc import FcKernel
 from tvm_nm.schedules.kernel_task import KernelTask
 from tvm_nm.schedules.lane_conv import LaneConvKernel
 from tvm_nm.schedules.pair_conv import PairConvKernel
 from tvm_nm.schedules.stem_conv import StemKernel
-from tvm_nm.schedules.winograd import WinogradKernel
+from tvm_nm.schedules.stem_winograd import StemWinogradKernel
+from tvm_nm.schedules.winograd import WinogradKernel, winograd_applies
 
 __all__ = ["ConvFamily", "Kernel", "KernelFamily", "conv_family_of", "families_for", "family_of"]
 
@@ -34,6 +36,7 @@ Kernel: TypeAlias = (
     | LaneConvKernel
     | PairConvKernel
     | StemKernel
+    | StemWinogradKernel
     | WinogradKernel
     | FcKernel
     | ChainKernel
@@ -46,6 +49,7 @@ _CONV_FAMILIES: dict[type, ConvFamily[Any]] = {
     LaneConvKernel: LaneFamily(),
     PairConvKernel: PairFamily(),
     StemKernel: StemFamily(),
+    StemWinogradKernel: StemWinogradFamily(),
     WinogradKernel: WinogradFamily(),
 }
 _FAMILIES: dict[type, KernelFamily[Any]] = {**_CONV_FAMILIES, FcKernel: FeatureFamily(), ChainKernel: ChainFamily()}
@@ -72,5 +76,5 @@ def families_for(task: KernelTask) -> tuple[KernelFamily[Any], ...]:
     if task.kind == "fc":
         return (_FAMILIES[FcKernel],)
     if task.winograd:
-        return (_FAMILIES[WinogradKernel],)
+        return (_FAMILIES[WinogradKernel if winograd_applies(task.workload) else StemWinogradKernel],)
     return _DIRECT if task.workload.epilogue.pool is None else (_FAMILIES[StemKernel],)

@@ -314,6 +314,17 @@ def test_winograd_skips_whole_kernels(pattern: str, reduction: float) -> None:
     assert ("channel" in report.kernel) is (pattern == "1x16")
 
 
+@pytest.mark.parametrize("winograd", [True, False])
+def test_a_large_stem_is_computed_by_winograd(winograd: bool) -> None:
+    mod = module(lambda b, x: first_layer(b, x), (1, 3, 160, 160))
+    (report,) = layer_reports(after := lower(mod, winograd=winograd))
+    assert report.kernel.startswith("winograd stem 4x4" if winograd else "stem")
+    assert operators(after) == ["tvm_nm_conv"]  # its maxima too
+    assert report.macs / report.kept_macs == pytest.approx(16 * 49 / 169 if winograd else 1)
+    if winograd:
+        assert_same_results(mod, 1e-5)
+
+
 def with_maxima(b: Builder, x: Any) -> Any:
     """A layer that Winograd's algorithm computes, its maxima, and a pointwise layer."""
     x = b(op.nn.max_pool2d(b.relu(b.bias(b.conv(x, 64))), (2, 2), (2, 2)))
@@ -377,7 +388,7 @@ def test_a_first_layer_takes_the_maxima(shape: tuple[int, ...], attributes: dict
     (report,) = layer_reports(after)
     assert report.epilogue.startswith("bias+relu+max3x3s2x2")
     assert (report.pool, report.kernel[:4]) == ("", "stem")
-    built = build_executable(mod, TARGET)
+    built = build_executable(mod, TARGET, winograd=False)
     inputs = inputs_of(mod)
     (found,) = run(built.executable, *inputs)
     np.testing.assert_array_equal(found, NumpyModule(mod)(*inputs)[0])

@@ -30,6 +30,11 @@ from tvm_nm.workload import ConvWorkload, Epilogue, MaxPool
 AVX512, AVX2 = Machine(16, 32, 1), Machine(8, 16, 1)
 
 
+def with_maxima(task: KernelTask) -> KernelTask:
+    """The same by Winograd's algorithm, with maxima of 2x2 pixels."""
+    return replace(task.as_winograd, workload=task.workload.pooled(MaxPool()))
+
+
 @st.composite
 def tasks(draw: st.DrawFn) -> KernelTask:
     small = st.integers(1, 3)
@@ -56,7 +61,7 @@ def tasks(draw: st.DrawFn) -> KernelTask:
     if index is IndexKind.NONE:
         task = KernelTask("conv", work, threads, winograd=winograd_applies(work) and draw(st.booleans()))
         maxima = task.winograd and not epilogue.residual and min(work.out_height, work.out_width) > 1
-        return task.with_maxima if maxima and draw(st.booleans()) else task
+        return with_maxima(task) if maxima and draw(st.booleans()) else task
     of_nm = dict(zip(("of_group", "group"), draw(st.sampled_from(((0, 0), (2, 4), (1, 4), (3, 16)))), strict=True))
     full = KernelTask("conv", work, threads, index, draw(st.sampled_from((1, 4, 16))), 1, **of_nm)
     task = full.with_kept(draw(st.integers(1, full.inputs)))
@@ -81,8 +86,8 @@ def test_what_the_text_of_a_task_looks_like() -> None:
     assert str(replace(task.dense, threads=2)) == "conv 64x56x56->256 k1x1 bias+add+relu; dense; 2 threads"
     plain = replace(square, workload=replace(square.workload, epilogue=Epilogue(False, 0.0)))
     pooled = "conv 64x56x56->64 k3x3 bias+relu+max2x2; winograd 1x16 channel 32; 1 thread"
-    assert str(plain.with_maxima) == pooled
-    assert str(plain.with_maxima.dense) == "conv 64x56x56->64 k3x3 bias+relu; dense; 1 thread"
+    assert str(with_maxima(plain)) == pooled
+    assert str(with_maxima(plain).dense) == "conv 64x56x56->64 k3x3 bias+relu; dense; 1 thread"
 
 
 def test_a_stem_with_maxima() -> None:
@@ -99,9 +104,27 @@ def test_a_stem_with_maxima() -> None:
     assert KernelTask("conv", replace(work, in_channels=32), 1).pooled(pool) is None
     square = KernelTask("conv", ConvWorkload(1, 3, 64, 64, 64, (3, 3)), 1)
     assert square.as_winograd.pooled(pool) is None
-    assert square.as_winograd.pooled(MaxPool()) == square.with_maxima
+    assert square.as_winograd.pooled(MaxPool()) == with_maxima(square)
     with pytest.raises(ValueError, match="no kernel takes"):
         parse_task(text.replace("dense", "1x16 channel 2"))
+
+
+def test_a_stem_by_winograd() -> None:
+    pool = MaxPool((3, 3), (2, 2), (1, 1, 1, 1))
+    work = ConvWorkload(1, 3, 64, 224, 224, (7, 7), (2, 2), (3,) * 4, epilogue=Epilogue(False, 0.0))
+    task = KernelTask("conv", work, 1)
+    assert winograd_fits(task, AVX512)
+    pooled = task.as_winograd.pooled(pool)
+    text = "conv 3x224x224->64 k7x7 s2x2 p3,3,3,3 bias+relu+max3x3s2x2p1,1,1,1; winograd; 1 thread"
+    assert (str(pooled), parse_task(text)) == (text, pooled)
+    assert pooled is not None
+    assert pooled.dense == task
+    assert KernelTask.of(default_kernel(pooled, AVX512), 1) == pooled  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not apply"):
+        parse_task(text.replace("winograd", "winograd 1x16 channel 2"))
+    for other in (replace(work, kernel=(3, 3)), replace(work, in_channels=5), replace(work, stride=(1, 1))):
+        assert not KernelTask("conv", other, 1).takes_winograd
+    assert not winograd_fits(KernelTask("conv", replace(work, out_channels=15), 1), AVX512)
 
 
 def test_only_some_kernels_take_maxima() -> None:
@@ -110,7 +133,7 @@ def test_only_some_kernels_take_maxima() -> None:
         KernelTask("conv", work, 1)
     with pytest.raises(ValueError, match="no kernel takes these maxima"):
         parse_task("conv 64x14x14->64 k3x3 bias+max2x2; dense; 1 thread")
-    assert KernelTask("conv", work.unpooled, 1).with_maxima == KernelTask("conv", work, 1, winograd=True)
+    assert with_maxima(KernelTask("conv", work.unpooled, 1)) == KernelTask("conv", work, 1, winograd=True)
 
 
 @pytest.mark.parametrize(

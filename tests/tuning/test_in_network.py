@@ -21,6 +21,7 @@ from tvm_nm.schedules.variants import ranked_kernels, variant_text
 from tvm_nm.tuning.database import TuningDatabase
 from tvm_nm.tuning.in_network import compare, scale_to
 from tvm_nm.tuning.trials import Trial
+from tvm_nm.workload import MaxPool
 
 TARGET = host_target(1)
 TASK = parse_task("conv 16x8x8->16 k3x3 p1,1,1,1 bias+relu; dense; 1 thread")
@@ -68,7 +69,8 @@ def test_a_chain_is_timed_as_a_whole() -> None:
 
 
 def test_comparisons_on_a_slower_machine_are_scaled_to_earlier_ones() -> None:
-    known = {TASK.with_maxima: {"a": 1.0}, TASK: {str(number): 10.0 + number for number in range(6)}}
+    pooled = replace(TASK.as_winograd, workload=TASK.workload.pooled(MaxPool()))
+    known = {pooled: {"a": 1.0}, TASK: {str(number): 10.0 + number for number in range(6)}}
     slower = {TASK: {text: 2 * us for text, us in known[TASK].items()} | {"new": 30.0}}
     assert scale_to(known, slower) == pytest.approx(0.5)
     assert scale_to({}, slower) == 1.0

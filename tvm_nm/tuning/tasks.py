@@ -224,7 +224,7 @@ def _layer_tasks(
 def with_winograd(tasks: Iterable[KernelTask], machine: Machine, *, pool: MaxPool | None = None) -> list[KernelTask]:
     """Return direct tasks, each followed by the same layer by Winograd's algorithm where there are kernels for it.
 
-    With `pool`, those by kernels that take it as well; Winograd's take maxima of 2x2 pixels.
+    With `pool`, those by kernels that take it as well; where Winograd's do, only those.
     """
     found = []
     for task in tasks:
@@ -232,5 +232,7 @@ def with_winograd(tasks: Iterable[KernelTask], machine: Machine, *, pool: MaxPoo
         if pool is not None and (pooled := pooled_task(task, pool, machine)) is not None:
             found.append(pooled)
         if winograd_fits(task, machine):
-            found.append(task.with_maxima if pool is not None and pool.is_squares else task.as_winograd)
+            transformed = task.as_winograd
+            taking = None if pool is None else pooled_task(transformed, pool, machine)
+            found.append(taking or transformed)
     return found

@@ -6,8 +6,8 @@
 `first`: W. Wu et al., ICPADS 2023: VGG-16, N:M only, every layer's density by dynamic programming over measured times
 and L1 norms, at 1.55 times the speed of the dense build; and the same speed with all patterns and calibrated losses.
 `second`: M. Lin et al., TPAMI 2022: MobileNet-V2 at half of the weights: unstructured, 1xN with whole kernels, with
-rearranged filters, and whole filters by L1 norm. (What is pruned there are 1x1 convolutions, in which blocks of whole
-kernels and blocks by position, 1xN and 1xNp, are the same.)
+rearranged filters, the same pruned on images instead of by magnitude, and whole filters by L1 norm. (What is pruned
+there are 1x1 convolutions, in which blocks of whole kernels and blocks by position, 1xN and 1xNp, are the same.)
 
 Every row starts from one dense network and is trained equally long, the dense one included (--tune-epochs). All that is
 done lies in --work: the same command goes on where it was stopped. `--rows` does some rows only. What measures wants an
@@ -229,10 +229,12 @@ def first_rows(job: Reproduction) -> list[Row]:
 def second_rows(job: Reproduction) -> list[Row]:
     """MobileNet-V2 at half of the weights of its 1x1 convolutions."""
 
-    def blocks(form: str, rearrange: OrderSearch) -> Callable[[], tuple[onnx.ModelProto, None]]:
+    def blocks(
+        form: str, rearrange: OrderSearch, calibrated: bool = False
+    ) -> Callable[[], tuple[onnx.ModelProto, None]]:
         def prune() -> tuple[onnx.ModelProto, None]:
             module = import_onnx(job.work / "dense.onnx", verify=False).module
-            return job.pruned(PruneRequest.make(form, 0.5).plan(module), rearrange=rearrange), None
+            return job.pruned(PruneRequest.make(form, 0.5).plan(module), calibrated, rearrange), None
 
         return prune
 
@@ -252,6 +254,7 @@ def second_rows(job: Reproduction) -> list[Row]:
     for n in BLOCKS:
         rows.append(Row(f"1x{n}", blocks(f"1x{n}", "none")))
         rows.append(Row(f"1x{n}, rearranged", blocks(f"1x{n}", "swap")))
+        rows.append(Row(f"1x{n}, rearranged, on images", blocks(f"1x{n}", "swap", calibrated=True)))
 
     def filters() -> tuple[onnx.ModelProto, dict[str, BoolArray]]:
         return hidden_filters(onnx.load(job.work / "dense.onnx"), 0.5, job.args.width), {}

@@ -69,18 +69,20 @@ def test_paper_networks_have_the_known_sizes(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_second_paper_in_small(cifar: list[str], tmp_path: Path, run: Callable[..., str]) -> None:
     options = [*cifar, "--work", str(tmp_path), "--epochs", "1", "--tune-epochs", "1", "--batch", "24"]
     options += ["--width", "0.125"]
-    everything = ["--rows", "dense", "unstructured", "1x4", "1x4, rearranged", "filters by L1"]
+    blocks = ["1x4", "1x4, rearranged", "1x4, rearranged, on images"]
+    everything = ["--rows", "dense", "unstructured", *blocks, "filters by L1"]
     first = run("reproduce_papers", "second", *options, "--no-times", *everything)
     rows = re.findall(r"^\| ([^|]+) \| [\d.]+% \| [-+][\d.]+% \|  \|  \|$", first, re.MULTILINE)
     assert rows == everything[1:]
     # Half of the weights of each pruned layer are zero, whichever they are.
     weights = []
-    for stem in ("unstructured", "1x4", "1x4__rearranged"):
+    for stem in ("unstructured", "1x4", "1x4__rearranged", "1x4__rearranged__on_images"):
         model = onnx.load(tmp_path / "second" / f"{stem}-0.onnx")
         tensor = next(t for t in model.graph.initializer if t.name == "block14.project.weight")
         weights.append(onnx.numpy_helper.to_array(tensor) != 0)
         assert np.count_nonzero(weights[-1]) == np.prod(tensor.dims) // 2
     assert not np.array_equal(weights[1], weights[2])
+    assert not np.array_equal(weights[2], weights[3])
 
 
 @pytest.mark.slow

@@ -103,7 +103,8 @@ class _RowCopy:
         self._bound = dict(zip((axis.var for axis in self._block.iter_vars), realize.iter_values, strict=True))
         value = self._block.body.value
         guarded = not isinstance(value, tvm.ir.TensorLoad)
-        self._load, self._fill = (value.args[1], value.args[2]) if guarded else (value, None)
+        self._inside: Any
+        self._inside, self._load, self._fill = value.args if guarded else (None, value, None)
 
     @staticmethod
     def of(loop: Any) -> _RowCopy | None:
@@ -118,7 +119,7 @@ class _RowCopy:
 
     def _is_whole(self) -> bool:
         """Whether the loops' first iteration is the first column of the first phase."""
-        begin = self._at(self._load.indices, 0)[-1]
+        begin = self._at(self._load.indices)[-1]
         return bool(Analyzer().can_prove_equal(begin, self._columns.start(0)))
 
     def emit(self) -> Any:
@@ -133,13 +134,12 @@ class _RowCopy:
         ]
         body = _sequence(inside)
         if self._fill is not None:
-            y, height = rows[0][-1], source.shape[-2]
             outside = [
                 tirx.BufferStore(buffer, self._filled(size), vector_at(start, at, size))
                 for start in starts
                 for at, size in pieces(0, self._count, self._columns.lanes)
             ]
-            body = tirx.IfThenElse(tirx.all(y >= 0, y < height), body, _sequence(outside))
+            body = tirx.IfThenElse(self._row_is_inside(), body, _sequence(outside))
         whole = [tvm.ir.Range.from_min_extent(0, extent) for extent in source.shape]
         writes = [
             BufferRegion(
@@ -154,9 +154,20 @@ class _RowCopy:
         block = SBlock([], [BufferRegion(source, whole)], writes, self._block.name_hint, body)
         return SBlockRealize([], tirx.const(True, "bool"), block)
 
-    def _at(self, indices: Any, phase: int) -> list[Any]:
-        """Return indices at column 0 of a phase, in terms of the loops around."""
-        values = {self._column: tirx.const(0, self._column.ty.dtype)}
+    def _row_is_inside(self) -> Any:
+        """Return the condition of an element in a column that is inside of the input: what is left of it is the row's.
+
+        The index of a row would not do: of an input of height 1 it is always 0.
+        """
+        for phase in range(self._phases):
+            first, end = self._columns.inside(phase, self._count)
+            if first < end:
+                return self._at([self._inside], phase, first)[0]
+        return tirx.const(False, "bool")
+
+    def _at(self, indices: Any, phase: int = 0, column: int = 0) -> list[Any]:
+        """Return indices at a column of a phase, in terms of the loops around."""
+        values = {self._column: tirx.const(column, self._column.ty.dtype)}
         if self._phase is not None:
             values[self._phase] = tirx.const(phase, self._phase.ty.dtype)
         analyzer = Analyzer()

@@ -155,6 +155,7 @@ NAMED = {
     "one pixel": (ConvWorkload(1, 128, 100, 1, 1, (1, 1)), None),
     "valid 5x5, dilated": (ConvWorkload(1, 8, 32, 19, 17, (5, 5), dilation=(2, 1)), None),
     "one column": (ConvWorkload(1, 8, 32, 40, 3, (3, 3)), None),
+    "one row, padded": (ConvWorkload(1, 8, 32, 1, 40, (3, 3), padding=ONE, epilogue=RELU), None),
 }
 
 

@@ -1,4 +1,4 @@
-"""Rules of `Canonicalize` about the spatial axes: explicit padding, one-dimensional layers, matmuls of higher rank.
+"""Rules of `Canonicalize` about the spatial axes: explicit padding, global pools, one-dimensional layers, matmuls.
 
 One-dimensional convolutions and pools become two-dimensional ones of height 1 between two reshapes. The reshape behind
 a layer sinks through the elementwise operators that follow, so that biases, batch norms and activations see a
@@ -104,6 +104,16 @@ def _pool(call: Any, data: Any, size: list[int], padding: list[int], *, count_in
         layout=attrs.layout,
         out_layout=attrs.out_layout,
     )
+
+
+def _global_average(flow: Dataflow, call: Any) -> Any:
+    """Average pool of a single window, the whole map: the mean, as of a global one."""
+    attrs, x = call.attrs, static_shape(call.args[0])
+    if x is None or attrs.layout != "NCHW" or any(int(p) for p in attrs.padding):
+        return None
+    if [int(size) for size in attrs.pool_size] != list(x[2:]) or any(int(d) != 1 for d in attrs.dilation):
+        return None
+    return relax.op.mean(call.args[0], [2, 3], keepdims=True)
 
 
 def _is_non_negative(flow: Dataflow, expr: Any) -> bool:
@@ -224,6 +234,7 @@ SPATIAL_RULES: Mapping[str, Sequence[Rule]] = {
     "relax.nn.conv1d": [_padded_conv, _conv1d],
     "relax.nn.conv2d": [_padded_conv],
     **{f"relax.nn.{kind}_pool1d": [_padded_pool, _pool1d] for kind in ("max", "avg")},
-    **{f"relax.nn.{kind}_pool2d": [_padded_pool] for kind in ("max", "avg")},
+    "relax.nn.max_pool2d": [_padded_pool],
+    "relax.nn.avg_pool2d": [_padded_pool, _global_average],
     "relax.matmul": [_matmul],
 }

@@ -45,6 +45,7 @@ class Canonicalize:
     - FC is ``matmul(x (N, K), const (K, OUT))``;
     - explicit zero padding is part of the convolution, and of the pool where that is exact;
     - one-dimensional convolutions and pools are two-dimensional ones of height 1;
+    - an average pool of the whole map is a mean;
     - constant expressions are constants; dropout and identities are gone; Sum is a chain of adds; scalar bounds are
       relu or clip;
     - there is one dataflow block, and nothing in it is dead.

@@ -352,6 +352,20 @@ class TestPadding:
 
         assert len(operators(canonicalize(build(body, (1, 4, 6, 6))))) == left
 
+    @pytest.mark.parametrize(
+        ("size", "options", "left"),
+        [
+            ((6, 6), {}, ["mean"]),
+            ((6, 6), {"strides": (6, 6), "ceil_mode": True}, ["mean"]),
+            ((6, 5), {}, ["avg_pool2d"]),
+            ((6, 6), {"padding": (1, 0, 0, 0)}, ["avg_pool2d"]),
+            ((3, 3), {"dilation": (2, 2)}, ["avg_pool2d"]),
+        ],
+    )
+    def test_average_of_the_whole_map(self, size: tuple[int, int], options: dict[str, Any], left: list[str]) -> None:
+        mod = canonicalize(build(lambda emit, x: R.nn.avg_pool2d(x, size, **options), (1, 4, 6, 6)))
+        assert operators(mod) == left
+
     def test_no_padding_is_dropped(self) -> None:
         assert operators(canonicalize(build(lambda emit, x: R.nn.relu(self.pad(x, 0, 0, 0, 0)), (1, 4, 6, 6)))) == [
             "relu"

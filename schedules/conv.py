@@ -29,6 +29,7 @@ from tvm_nm.workload import ConvWorkload
 __all__ = ["CONV_RULE", "ConvKernel", "IndexKind", "conv_prim_func", "padded_input", "tap_position"]
 
 CONV_RULE = "tvm_nm_conv"
+_MOST_TILE_VECTORS = 28  # of a search
 
 
 class IndexKind(str, Enum):
@@ -125,7 +126,7 @@ class ConvKernel:
     def stores_from_registers(self) -> bool:
         """Whether sums go through the epilogue to the output without a scratch: whole vectors, whole tiles."""
         return (
-            self.geometry.flat
+            self.geometry.stores_vectors
             and not self.kept_per_block
             and self.workload.out_channels_per_group % self.block == 0
             and self.block % self.oc_tile == 0
@@ -175,9 +176,9 @@ def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
     work = kernel.workload
     arguments = ConvArguments.of(work, kernel.weight_shape, kernel.index_shape, kernel.index_dtype)
     sums = _sums(kernel, arguments.data, arguments.weight, arguments.index)
-    store = _store_flat if kernel.geometry.flat else _store
+    store = _store_vectors if kernel.geometry.stores_vectors else _store
     func = arguments.func(store(kernel, sums, arguments.bias, arguments.residual))
-    return with_flat_output(func, kernel.geometry, work.output_shape) if kernel.geometry.flat else func
+    return with_flat_output(func, kernel.geometry, work.output_shape) if kernel.geometry.stores_vectors else func
 
 
 def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tensor | None) -> te.Tensor:
@@ -210,16 +211,16 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
             tile, in_tile = tirx.indexdiv(v, kernel.vectors_per_tile), tirx.indexmod(v, kernel.vectors_per_tile)
             return source[n, chunk, tile, channel, in_tile * lanes + lane]
         # Beyond the first row: the rows of a plane follow one another.
-        return source[n, channel, 0, geometry.flat_pixel(chunk, v, lane)]
+        return source[n, channel, 0, geometry.output_pixel(chunk, v, lane)]
 
     def read(n: Any, chunk: Any, g: Any, row: Any, v: Any, lane: Any) -> Any:
-        pixel = v * lanes + lane
+        pixel = geometry.virtual_pixel(chunk, v, lane)
         if kernel.index is IndexKind.POSITION:
             assert index is not None
             start = index[g, cut, row, at].astype("int32")
             if geometry.flat:
                 return read_flat(n, within_input(start), chunk, v, lane)
-            return source[n, start + chunk * (geometry.rows_per_chunk * pitch) + pixel]
+            return source[n, start + pixel]
         if index is None:
             channel = g * work.in_channels_per_group + kept
         else:
@@ -227,7 +228,7 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         if geometry.flat:
             return read_flat(n, channel, chunk, v, lane)
         phase, tap = tap_position(geometry, ky, kx)
-        q = chunk * (geometry.rows_per_chunk * pitch) + tap + pixel
+        q = tap + pixel
         return source[n, channel, phase, tirx.indexdiv(q, pitch), tirx.indexmod(q, pitch)]
 
     def product(n: Any, chunk: Any, g: Any, row: Any, tile: Any, o: Any, v: Any, lane: Any) -> Any:
@@ -255,7 +256,9 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         "tvm_nm_block": kernel.block,
         "tvm_nm_groups": work.groups,
         "tvm_nm_copy_scope": list(CopyScope).index(geometry.copy),
-        "tvm_nm_rows_per_chunk": geometry.rows_per_chunk,
+        # Of what is stored: of vectors, a chunk is a row.
+        "tvm_nm_rows_per_chunk": 1 if geometry.stores_vectors else geometry.rows_per_chunk,
+        "tvm_nm_tile_vectors": geometry.tile_vectors(max(kernel.vectors_per_tile, _MOST_TILE_VECTORS)),
         # How far the index table's entries of neighbouring channels are apart, for who makes one up to measure with.
         "tvm_nm_index_step": kernel.channel_stride if kernel.index is IndexKind.POSITION else 1,
         "tvm_nm_taps": 0 if kernel.index is IndexKind.POSITION else work.taps,
@@ -290,7 +293,7 @@ def _store(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Te
     return te.compute(work.output_shape, element, name="out")
 
 
-def _store_flat(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:
+def _store_vectors(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: te.Tensor | None) -> te.Tensor:
     """Return what goes to the output, chunk by chunk: (N, OC, chunks, pixels of a chunk)."""
     work, geometry = kernel.workload, kernel.geometry
 
@@ -298,10 +301,10 @@ def _store_flat(kernel: ConvKernel, sums: te.Tensor, bias: te.Tensor, residual: 
         place = (tirx.indexdiv(pixel, geometry.lanes), tirx.indexmod(pixel, geometry.lanes))
         value = sums(n, chunk, *_channel_place(kernel, oc), *place) + bias[oc]
         if residual is not None:
-            value = value + residual[n, oc, 0, geometry.flat_pixel(chunk, *place)]
+            value = value + residual[n, oc, 0, geometry.output_pixel(chunk, *place)]
         return activate(value, work.epilogue)
 
-    return te.compute((work.batch, work.out_channels, geometry.chunks, geometry.pitch), element, name="out")
+    return te.compute((work.batch, work.out_channels, geometry.chunks, geometry.chunk_pixels), element, name="out")
 
 
 def _channel_place(kernel: ConvKernel, oc: Any) -> tuple[Any, ...]:

@@ -13,8 +13,8 @@ Loop nest after scheduling (default decisions of a 3x3 convolution on AVX-512: t
       for channel, row, column                   # epilogue from the scratch: bias, residual, activation, crop
         out = ...
 
-A flat row of pixels (1x1 kernels) is packed for each pixel tile, or read in place; its tiles go through the epilogue
-without a scratch.
+A flat row of pixels (1x1 kernels) is packed for each pixel tile, or read in place; its tiles, and those of aligned rows
+(see `geometry`), go through the epilogue without a scratch.
 
 Decisions: pixel vectors of the register tile, block rows of a task, length of the blocks of the reduction.
 """
@@ -66,7 +66,8 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     default_vectors = _attribute(sch, sums, "tvm_nm_vectors_per_tile")
     default_rows = _attribute(sch, sums, "tvm_nm_rows_per_task")
 
-    vector_choices = list(range(1, min(vectors, max(default_vectors, _MOST_ACCUMULATORS // oc_tile)) + 1))
+    most = max(default_vectors, _MOST_ACCUMULATORS // oc_tile)
+    vector_choices = [int(v) for v in sch.get(sums).annotations["tvm_nm_tile_vectors"] if v <= most]
     if copy_scope is CopyScope.CHUNK:
         vector_choices = [default_vectors]  # the panels are laid out for it
     vectors_per_tile = choose(sch, vector_choices, default_vectors)

@@ -1,4 +1,4 @@
-"""The input and output of a pointwise convolution, whose pixels are one flat row (see `geometry`)."""
+"""Pixels as one flat row (see `geometry`): the input of a pointwise convolution, and outputs stored by vectors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def flat_row(geometry: PixelGeometry, panel: int, data: te.Tensor, *, gathers: b
     """Return what a kernel of flat pixels reads: the input, or what is left of it by a stride, as it is or packed.
 
     Packed for a tile at a time it has the shape of `padded_input` with a single row, the vectors of
-    `PixelGeometry.flat_pixel` one after another. As panels it is cut into tiles of `panel` pixels, see `_panels`.
+    `PixelGeometry.output_pixel` one after another. As panels it is cut into tiles of `panel` pixels, see `_panels`.
     A stride takes a copy of the whole layer, unless panels are packed from the input itself (`gathers`).
     """
     work, lanes = geometry.workload, geometry.lanes
@@ -47,7 +47,7 @@ def flat_row(geometry: PixelGeometry, panel: int, data: te.Tensor, *, gathers: b
         return _panels(geometry, panel, source)
 
     def element(n: Any, c: Any, _phase: Any, _row: Any, column: Any) -> Any:
-        return source[n, c, 0, geometry.flat_pixel(0, tirx.indexdiv(column, lanes), tirx.indexmod(column, lanes))]
+        return source[n, c, 0, geometry.output_pixel(0, tirx.indexdiv(column, lanes), tirx.indexmod(column, lanes))]
 
     shape = (work.batch, work.in_channels, 1, 1, geometry.chunks * geometry.pitch)
     return te.compute(shape, element, name="pad", attrs={"tvm_nm_phase_columns": 1})
@@ -75,7 +75,7 @@ def _panels(geometry: PixelGeometry, panel: int, source: te.Tensor, *, gathers: 
 
 
 def with_flat_output(func: tvm.tirx.PrimFunc, geometry: PixelGeometry, shape: tuple[int, ...]) -> tvm.tirx.PrimFunc:
-    """Let the last block store to an output (N, OC, OH, OW) at each chunk's place in the flat row.
+    """Let the last block, (N, OC, chunk, pixel), store to an output (N, OC, OH, OW) at each chunk's place in the plane.
 
     Chunks may overlap at the end, which a TE computation cannot express: it has one iteration for each element.
     """
@@ -85,7 +85,7 @@ def with_flat_output(func: tvm.tirx.PrimFunc, geometry: PixelGeometry, shape: tu
         store = block.body
         n, oc, chunk, pixel = store.indices
         vector, lane = tirx.indexdiv(pixel, geometry.lanes), tirx.indexmod(pixel, geometry.lanes)
-        place = [n, oc, tirx.const(0, "int32"), geometry.flat_pixel(chunk, vector, lane)]
+        place = [n, oc, tirx.const(0, "int32"), geometry.output_pixel(chunk, vector, lane)]
         region = [tvm.ir.Range.from_min_extent(index, 1) for index in place]
         return SBlock(
             block.iter_vars,

@@ -11,6 +11,9 @@ strided window again reads one phase contiguously.
 Output rows are cut into *chunks* of `rows_per_chunk`. A chunk is one unit of parallel work and its sums live in a
 scratch buffer that fits the cache; its pixels are counted in vectors of the machine's lanes.
 
+Rows of one or two whole vectors can be *aligned*: their vectors hold the pixels of the output only, none of the columns
+between rows, and go through the epilogue to the output without a scratch.
+
 A pointwise convolution needs none of this: its pixels are read as one *flat* row of OH * OW, cut into whole vectors.
 Where the pixels are no multiple of the lanes, the last vector starts early enough to end with them, and what it
 shares with the one before is computed twice. The row is read in place, or each register tile's pixels are packed first:
@@ -19,7 +22,7 @@ a vector of each input channel, one after another, as matrix multiplications do 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -30,6 +33,8 @@ from tvm_nm.workload import ConvWorkload
 __all__ = ["FLAT_SCOPES", "CopyScope", "PixelGeometry", "candidate_geometries"]
 
 _MAX_COLUMN_COPIES = 3
+# Of wider rows the columns between them are less than what tiles of whole rows cost.
+_MOST_ALIGNED_VECTORS = 2
 
 
 class CopyScope(str, Enum):
@@ -72,6 +77,8 @@ class PixelGeometry:
     column_copies
         Hold one copy of the input for each kernel column, shifted so that every tap column starts where its pixels do.
         Then no load is shifted against its cache line by kx and no columns are thrown away, for `KW` times the copying.
+    aligned
+        The vectors of padded rows are those of the output, without the columns between rows.
     """
 
     workload: ConvWorkload
@@ -81,11 +88,23 @@ class PixelGeometry:
     column_copies: bool = False
     copy: CopyScope = CopyScope.LAYER
     flat: bool = False
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         scopes = FLAT_SCOPES if self.flat else (CopyScope.LAYER, CopyScope.TASK)
         if self.copy not in scopes:
             raise ValueError(f"no {'flat' if self.flat else 'padded'} pixels with {self.copy}")
+        if self.aligned and not self.can_be_aligned:
+            raise ValueError(
+                f"chunks of {self.rows_per_chunk} rows of {self.workload.out_width} pixels cannot be aligned"
+            )
+
+    @property
+    def can_be_aligned(self) -> bool:
+        """Whether the output is equal chunks of rows of one or two vectors, and the copy has columns between them."""
+        width, height = self.workload.out_width, self.workload.out_height
+        whole = width % self.lanes == 0 and width // self.lanes <= _MOST_ALIGNED_VECTORS
+        return whole and height % self.rows_per_chunk == 0 and not self.flat and self.pitch > width
 
     @property
     def chunks(self) -> int:
@@ -98,8 +117,31 @@ class PixelGeometry:
         """Vectors of one chunk, from its first to its last wanted pixel."""
         if self.flat:
             return self.pitch // self.lanes
+        if self.aligned:
+            return self.chunk_pixels // self.lanes
         pixels = (self.rows_per_chunk - 1) * self.pitch + self.workload.out_width
         return -(-pixels // self.lanes)
+
+    @property
+    def stores_vectors(self) -> bool:
+        """Whether each vector is one of the output's pixels, in their order."""
+        return self.flat or self.aligned
+
+    @property
+    def chunk_pixels(self) -> int:
+        """Pixels of a chunk's output."""
+        return self.pitch if self.flat else self.rows_per_chunk * self.workload.out_width
+
+    def tile_vectors(self, most: int) -> list[int]:
+        """Return the sizes that a register tile may have, in ascending order.
+
+        Aligned tiles are some whole rows or a part of one: then their loads lie at fixed distances from one address.
+        """
+        sizes = range(1, min(most, self.vectors) + 1)
+        if not self.aligned:
+            return list(sizes)
+        row = self.workload.out_width // self.lanes
+        return [size for size in sizes if size % row == 0 or row % size == 0]
 
     @property
     def phase_rows(self) -> int:
@@ -136,7 +178,8 @@ class PixelGeometry:
         last_row = (work.kernel[0] - 1) * work.dilation[0] // work.stride[0]
         last_column = int(self.tap_column(work.kernel[1] - 1)[1])
         start = (self.chunks - 1) * self.rows_per_chunk * self.pitch
-        end = start + last_row * self.pitch + last_column + self.vectors * self.lanes
+        pixels = (self.rows_per_chunk - 1) * self.pitch + work.out_width if self.aligned else self.vectors * self.lanes
+        end = start + last_row * self.pitch + last_column + pixels
         return -(-end // self.pitch)
 
     @property
@@ -157,10 +200,21 @@ class PixelGeometry:
         phase = y % work.stride[0] * self.phase_columns + int(column_phase)
         return phase * self.plane + y // work.stride[0] * self.pitch + int(column)
 
-    def flat_pixel(self, chunk: Any, vector: Any, lane: Any) -> Any:
-        """Return the place in the flat row of a lane of a chunk's vector; every vector ends within the row."""
-        start = chunk * self.pitch + vector * self.lanes
-        if self.chunks * self.pitch > self.workload.out_pixels:
+    def virtual_pixel(self, chunk: Any, vector: Any, lane: Any) -> Any:
+        """Return the virtual pixel of a lane of a chunk's vector."""
+        start = chunk * (self.rows_per_chunk * self.pitch)
+        if not self.aligned:
+            return start + vector * self.lanes + lane
+        row = self.workload.out_width // self.lanes
+        return start + tirx.indexdiv(vector, row) * self.pitch + tirx.indexmod(vector, row) * self.lanes + lane
+
+    def output_pixel(self, chunk: Any, vector: Any, lane: Any) -> Any:
+        """Return the place among the output's pixels of a lane of a chunk's vector, if `stores_vectors`.
+
+        Every vector ends within them.
+        """
+        start = chunk * self.chunk_pixels + vector * self.lanes
+        if self.chunks * self.chunk_pixels > self.workload.out_pixels:
             start = tirx.min(start, self.workload.out_pixels - self.lanes)
         return start + lane
 
@@ -197,11 +251,12 @@ def candidate_geometries(workload: ConvWorkload, lanes: int) -> list[PixelGeomet
     for chunks in range(1, min(workload.out_height, 64) + 1):
         rows = -(-workload.out_height // chunks)
         if -(-workload.out_height // rows) == chunks:
-            found.extend(
+            padded = [
                 PixelGeometry(workload, lanes, pitch, rows, columns, scope)
                 for pitch, columns in layouts
                 for scope in (CopyScope.LAYER, CopyScope.TASK)
-            )
+            ]
+            found += padded + [replace(geometry, aligned=True) for geometry in padded if geometry.can_be_aligned]
     return found
 
 

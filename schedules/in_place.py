@@ -36,10 +36,10 @@ def flat_store(geometry: PixelGeometry) -> dict[str, Any]:
 
     The last chunk's vectors that begin early must still be its own: those of other chunks are other tasks'.
     """
-    first_of_last = (geometry.chunks - 1) * geometry.pitch
+    first_of_last = (geometry.chunks - 1) * geometry.chunk_pixels
     if first_of_last + geometry.lanes > geometry.workload.out_pixels:
         return {}
-    return {FLAT_STORE: [geometry.pitch, geometry.lanes]}
+    return {FLAT_STORE: [geometry.chunk_pixels, geometry.lanes]}
 
 
 def adds_in_place(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc | None:
@@ -106,9 +106,9 @@ class _Rewriting:
 
         value = tvm_ffi.structural_map(store.value, (tvm.ir.TensorLoad, instead))
         if flat is not None:
-            pitch, lanes = (int(number) for number in flat)
+            pixels, lanes = (int(number) for number in flat)
             chunk, pixel = (axis.var for axis in block.iter_vars[2:])
-            vector = chunk * pitch + tirx.indexdiv(pixel, lanes) * lanes
+            vector = chunk * pixels + tirx.indexdiv(pixel, lanes) * lanes
             value = tirx.Select(place[-1] >= vector, value, old)
         self.stores += 1
         reads = [self._instead(region) for region in block.reads]

@@ -113,7 +113,7 @@ def variant(
     channels = channels_read(work, oc_tile, kept_channels, kept_per_block / kept or 1.0)
     most = max(1, machine.accumulators // oc_tile)
     vectors = min(
-        range(1, min(most, geometry.vectors) + 1),
+        geometry.tile_vectors(most),
         key=lambda v: chunk_cycles(geometry, oc_tile, v, channels),
     )
     kernel = ConvKernel(
@@ -149,7 +149,7 @@ def _rows_per_task(kernel: ConvKernel, machine: Machine, scratch: int) -> int:
     if work.out_channels_per_group % kernel.block:
         return rows  # a short last block row: the task spans them all, so that the epilogue needs no bounds checks
     # Where tiles are stored from registers there is no scratch.
-    limit = math.inf if geometry.flat and not kernel.kept_per_block else scratch
+    limit = math.inf if kernel.stores_from_registers else scratch
     best = 1
     for per_task in kernel.task_rows:
         tasks = others * rows // per_task

@@ -32,7 +32,7 @@ __all__ = ["PixelFamily"]
 
 _FORM = re.compile(
     r"pixel (?P<tile>\d+)x(?P<vectors>\d+) (?P<copy>direct|padded|own|packed|panels) pitch (?P<pitch>\d+)"
-    r"(?P<copies> copies)? rows (?P<rows>\d+) task (?P<task>\d+)(?: cut (?P<cut>\d+))?"
+    r"(?P<copies> copies)?(?P<aligned> aligned)? rows (?P<rows>\d+) task (?P<task>\d+)(?: cut (?P<cut>\d+))?"
 )
 _BEST_LAYOUTS = 24
 _SAME_LAYOUT = 3
@@ -72,11 +72,11 @@ class PixelFamily(ConvFamily[ConvKernel]):
         return conv_prim_func(kernel)
 
     def text(self, kernel: ConvKernel) -> str:
-        """Return `pixel CHANNELSxVECTORS COPY pitch P[ copies] rows R task BLOCK-ROWS[ cut LENGTH]`."""
+        """Return `pixel CHANNELSxVECTORS COPY pitch P[ copies][ aligned] rows R task BLOCK-ROWS[ cut LENGTH]`."""
         geometry = kernel.geometry
         text = f"pixel {kernel.oc_tile}x{kernel.vectors_per_tile} {geometry.copy.value}"
-        text += f" pitch {geometry.pitch}{' copies' if geometry.column_copies else ''} rows {geometry.rows_per_chunk}"
-        text += f" task {kernel.rows_per_task}"
+        text += f" pitch {geometry.pitch}{' copies' if geometry.column_copies else ''}"
+        text += f"{' aligned' if geometry.aligned else ''} rows {geometry.rows_per_chunk} task {kernel.rows_per_task}"
         return text + (f" cut {kernel.kept_per_block}" if kernel.kept_per_block else "")
 
     def parse(self, text: str, task: KernelTask, machine: Machine) -> ConvKernel | None:
@@ -90,15 +90,15 @@ class PixelFamily(ConvFamily[ConvKernel]):
             return None
         copy = CopyScope(found["copy"])
         pitch, rows_per_chunk = int(found["pitch"]), int(found["rows"])
-        copies, flat = bool(found["copies"]), copy in FLAT_SCOPES
-        geometry = PixelGeometry(task.workload, machine.lanes, pitch, rows_per_chunk, copies, copy, flat=flat)
+        copies, flat, aligned = bool(found["copies"]), copy in FLAT_SCOPES, bool(found["aligned"])
+        geometry = PixelGeometry(task.workload, machine.lanes, pitch, rows_per_chunk, copies, copy, flat, aligned)
         if geometry not in geometries_for(task.workload, machine, task.index):
             raise ValueError(f"{text!r:.100} does not fit {task}")
         cut = int(found["cut"] or 0)
         tile, vectors, rows = int(found["tile"]), int(found["vectors"]), int(found["task"])
         block, kept = task.block or None, task.kept or task.inputs
         kernel = variant(geometry, machine, block, tile, task.index, kept, 0, SCRATCH_BYTES[0])
-        vectors = min(vectors, geometry.vectors)
+        vectors = max(geometry.tile_vectors(vectors), default=0)
         if cut:
             cut = min(divisors(kernel.kept), key=lambda length: abs(length - cut))
         kernel = replace(kernel, vectors_per_tile=vectors, rows_per_task=rows, kept_per_block=cut)
@@ -130,11 +130,8 @@ def _layouts(task: KernelTask, machine: Machine) -> Iterator[ConvKernel]:
 
 def _decisions(kernel: ConvKernel) -> list[ConvKernel]:
     """Other register tiles and tasks of the same layout."""
-    steps = [
-        replace(kernel, vectors_per_tile=vectors)
-        for vectors in (kernel.vectors_per_tile - 1, kernel.vectors_per_tile + 1)
-        if 1 <= vectors <= kernel.geometry.vectors
-    ]
+    sizes = kernel.geometry.tile_vectors(kernel.geometry.vectors)
+    steps = [replace(kernel, vectors_per_tile=near) for near in nearest_sizes(sizes, kernel.vectors_per_tile)]
     work = kernel.workload
     if work.out_channels_per_group % kernel.block == 0:
         near_rows = nearest_sizes(kernel.task_rows, kernel.rows_per_task)
@@ -157,7 +154,7 @@ def _chunk_steps(kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
             kernel,
             geometry=geometry,
             index_dtype=index_dtype(geometry, kernel.index),
-            vectors_per_tile=min(kernel.vectors_per_tile, geometry.vectors),
+            vectors_per_tile=geometry.tile_vectors(kernel.vectors_per_tile)[-1],
         )
         for geometry in found
     ]
@@ -172,9 +169,9 @@ def _tile_steps(kernel: ConvKernel, machine: Machine) -> list[ConvKernel]:
     ]
 
 
-def _layout(geometry: PixelGeometry) -> tuple[CopyScope, int, bool]:
+def _layout(geometry: PixelGeometry) -> tuple[CopyScope, int, bool, bool]:
     """Return what stays when only the chunk changes; the pitch of a flat row is its chunk."""
-    return geometry.copy, (0 if geometry.flat else geometry.pitch), geometry.column_copies
+    return geometry.copy, (0 if geometry.flat else geometry.pitch), geometry.column_copies, geometry.aligned
 
 
 def _is_valid(kernel: ConvKernel, machine: Machine) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import tvm
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle import conv
 from running import haswell, host_flags, masked_weights, run_conv
@@ -49,7 +50,7 @@ def workloads(draw: st.DrawFn) -> ConvWorkload:
     # At least one window must fit.
     least_height = max(1, dilation[0] * (kernel[0] - 1) + 1 - padding[0] - padding[2])
     least_width = max(1, dilation[1] * (kernel[1] - 1) + 1 - padding[1] - padding[3])
-    extra = st.one_of(st.integers(0, 12), st.sampled_from([13, 15, 16, 27]))
+    extra = st.one_of(st.just(0), st.integers(0, 12), st.sampled_from([13, 15, 16, 27]))
     return ConvWorkload(
         draw(st.sampled_from([1, 1, 2, 3])),
         groups * ins,
@@ -201,6 +202,75 @@ def test_panels(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) 
     check(kernel, work, weights, TARGETS[target], seed)
 
 
+@st.composite
+def aligned(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]:
+    """Kernels whose vectors are those of the output, one or two to a row; whole tiles are stored from registers."""
+    name = draw(st.sampled_from(sorted(TARGETS)))
+    machine = machine_of(TARGETS[name])
+    block = draw(st.sampled_from([1, 3, 4, 8]))
+    index = draw(st.sampled_from(list(IndexKind)))
+    groups = draw(st.sampled_from([1, 1, 2])) if index is IndexKind.NONE else 1
+    channels = (groups * draw(st.integers(1, 12)), groups * draw(st.integers(block, 4 * block)))
+    stride, kernel = draw(st.sampled_from([(1, 1), (2, 2), (1, 2)])), (draw(st.integers(1, 3)), 3)
+    size = (draw(st.integers(1, 6)), machine.lanes * draw(st.integers(1, 2)))
+    top, left = draw(st.integers(0, kernel[0] - 1)), draw(st.integers(0, kernel[1] - 1))
+    bottom, right = draw(st.integers(0, kernel[0] - 1)), draw(st.integers(0, kernel[1] - 1))
+    needed = [step * (extent - 1) + length for step, extent, length in zip(stride, size, kernel, strict=True)]
+    work = ConvWorkload(
+        draw(st.integers(1, 2)),
+        *channels,
+        max(1, needed[0] - top - bottom),
+        needed[1] - left - right,
+        kernel,
+        stride,
+        (top, left, max(bottom, needed[0] - top - 1), right),
+        groups=groups,
+        epilogue=draw(st.sampled_from(EPILOGUES)),
+    )
+    assume(work.out_width == size[1])
+    weights = masked_weights(work, block, index, 0.5, np.random.default_rng(draw(st.integers(0, 2**32 - 1))))
+    chosen = kernel_of(work, index, block, weights, TARGETS[name])
+    found = [g for g in candidate_geometries(work, machine.lanes) if g.aligned]
+    fitting = [g for g in found if index is IndexKind.NONE or g.allows_index(index is IndexKind.POSITION)]
+    geometry = draw(st.sampled_from(fitting))
+    kernel_variant = replace(
+        chosen,
+        geometry=geometry,
+        oc_tile=draw(st.integers(1, min(chosen.block, 4))),
+        vectors_per_tile=draw(st.sampled_from(geometry.tile_vectors(6))),
+        kept_per_block=draw(st.sampled_from([0, 0, *divisors(chosen.kept)])),
+        index_dtype="int32",
+    )
+    kernel_variant = replace(kernel_variant, rows_per_task=draw(st.sampled_from(kernel_variant.task_rows)))
+    return work, kernel_variant, weights, name, draw(st.integers(0, 2**32 - 1))
+
+
+@settings(max_examples=25, **PROPERTY)
+@given(aligned())
+def test_aligned_rows(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
+    work, kernel, weights, target, seed = variant
+    check(kernel, work, weights, TARGETS[target], seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **PROPERTY)
+@given(aligned())
+def test_many_aligned_rows(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
+    work, kernel, weights, target, seed = variant
+    check(kernel, work, weights, TARGETS[target], seed)
+
+
+def test_aligned_rows_have_no_scratch_and_are_chosen() -> None:
+    work = ConvWorkload(1, 32, 32, 16, 16, (3, 3), padding=ONE, epilogue=ADD)
+    target = TARGETS["one thread"]
+    kernel = choose_kernel(work, machine_of(target), block=4, index=IndexKind.POSITION, kept=72)
+    assert kernel.geometry.aligned
+    assert kernel.stores_from_registers
+    text = schedule_function(kernel_prim_func(kernel), target).script()
+    buffers = re.findall(r"(\w+) = T\.sblock_alloc_buffer", text)
+    assert [name for name in buffers if not name.endswith("_local")] == ["pad"]
+
+
 @pytest.mark.parametrize(("scope", "kept_parts"), [(CopyScope.CHUNK, 8), (CopyScope.TILE, 0)])
 def test_panels_fetch_each_line_of_the_output_and_the_residual(scope: CopyScope, kept_parts: int) -> None:
     work = ConvWorkload(1, 32, 16, 14, 14, (1, 1), epilogue=Epilogue(True, 0.0))
@@ -246,6 +316,8 @@ NAMED = {
     "dilated (DeepLab)": (ConvWorkload(1, 16, 16, 20, 20, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2)), "none", None),
     "1x7 and 7x1 (Inception)": (ConvWorkload(1, 16, 24, 17, 17, (1, 7), (1, 1), (0, 3, 0, 3)), "position", 8),
     "one-dimensional": (ConvWorkload(1, 16, 24, 1, 100, (1, 9), (1, 2), (0, 4, 0, 4)), "channel", 4),
+    "one row, padded": (ConvWorkload(1, 8, 16, 1, 40, (3, 3), padding=ONE, epilogue=RELU), "none", None),
+    "one row, padded, stride 2": (ConvWorkload(1, 8, 16, 1, 40, (3, 3), (2, 2), ONE, epilogue=RELU), "position", 4),
     "one pixel": (ConvWorkload(1, 128, 100, 1, 1, (1, 1)), "none", None),
     "2:4 3x3": (ConvWorkload(1, 64, 64, 14, 14, (3, 3), padding=ONE, epilogue=Epilogue(True, 0.0)), "position", 1),
     "2:4 1x1": (ConvWorkload(1, 128, 64, 28, 28, (1, 1), epilogue=RELU), "channel", 1),

@@ -24,7 +24,7 @@ def test_every_tap_of_every_pixel(work: ConvWorkload, lanes: int, data: st.DataO
     geometry = data.draw(st.sampled_from(padded))
     top, left, _, _ = work.padding
     # What the kernel computes, thrown-away pixels included, lies within the phase's plane.
-    last = (geometry.chunks - 1) * geometry.rows_per_chunk * geometry.pitch + geometry.vectors * lanes - 1
+    last = int(geometry.virtual_pixel(geometry.chunks - 1, geometry.vectors - 1, lanes - 1))
     for ky in range(work.kernel[0]):
         for kx in range(work.kernel[1]):
             offset = geometry.tap_offset(ky, kx)
@@ -55,7 +55,29 @@ def test_candidates(work: ConvWorkload, lanes: int) -> None:
         assert (geometry.chunks - 1) * geometry.rows_per_chunk < work.out_height
         assert geometry.chunks * geometry.rows_per_chunk >= work.out_height
         assert geometry.pitch >= work.out_width
+        if geometry.aligned:
+            assert geometry.useful_share == 1
+            continue
         assert geometry.vectors * lanes >= (geometry.rows_per_chunk - 1) * geometry.pitch + work.out_width
+
+
+@pytest.mark.parametrize(("width", "lanes", "rows"), [(16, 16, 1), (16, 8, 2), (32, 16, 2), (8, 8, 1)])
+def test_aligned_vectors_hold_each_pixel_of_the_output_once(width: int, lanes: int, rows: int) -> None:
+    work = ConvWorkload(1, 2, 2, 6, width, (3, 3), padding=(1, 1, 1, 1))
+    found = [g for g in candidate_geometries(work, lanes) if g.aligned]
+    assert {g.rows_per_chunk for g in found} == {1, 2, 3, 6}
+    for geometry in found:
+        places = itertools.product(range(geometry.chunks), range(geometry.vectors), range(lanes))
+        pixels = {int(geometry.output_pixel(*place)): int(geometry.virtual_pixel(*place)) for place in places}
+        assert pixels == {y * width + x: y * geometry.pitch + x for y in range(6) for x in range(width)}
+        assert all(size % rows == 0 or rows % size == 0 for size in geometry.tile_vectors(12))
+
+
+@pytest.mark.parametrize(("width", "rows"), [(24, 6), (48, 6), (32, 4)])
+def test_other_rows_are_not_aligned(width: int, rows: int) -> None:
+    work = ConvWorkload(1, 2, 2, 6, width, (3, 3), padding=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        PixelGeometry(work, 16, width + 2, rows, aligned=True)
 
 
 @settings(max_examples=100, deadline=None)
@@ -66,7 +88,7 @@ def test_the_vectors_of_a_flat_row_cover_its_pixels_and_no_others(
     work = ConvWorkload(1, 2, 2, height, width, (1, 1), (stride, stride))
     for geometry in (g for g in candidate_geometries(work, lanes) if g.flat):
         vectors = itertools.product(range(geometry.chunks), range(geometry.vectors))
-        starts = {int(geometry.flat_pixel(chunk, vector, 0)) for chunk, vector in vectors}
+        starts = {int(geometry.output_pixel(chunk, vector, 0)) for chunk, vector in vectors}
         assert {start + lane for start in starts for lane in range(lanes)} == set(range(work.out_pixels))
 
 

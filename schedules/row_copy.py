@@ -114,6 +114,8 @@ class _RowCopy:
         whole = isinstance(loop.extent, tirx.IntImm) and int(loop.min) == 0
         if not whole or not isinstance(realize, SBlockRealize) or not _is_true(realize.predicate):
             return None
+        if isinstance(realize.block.body.value, tirx.FloatImm):
+            return None  # all of the copy is padding
         copy = _RowCopy(columns, loop, realize)
         return copy if copy._is_whole() else None
 

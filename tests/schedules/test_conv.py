@@ -318,6 +318,7 @@ NAMED = {
     "one-dimensional": (ConvWorkload(1, 16, 24, 1, 100, (1, 9), (1, 2), (0, 4, 0, 4)), "channel", 4),
     "one row, padded": (ConvWorkload(1, 8, 16, 1, 40, (3, 3), padding=ONE, epilogue=RELU), "none", None),
     "one row, padded, stride 2": (ConvWorkload(1, 8, 16, 1, 40, (3, 3), (2, 2), ONE, epilogue=RELU), "position", 4),
+    "nothing but padding": (ConvWorkload(1, 8, 16, 1, 1, (1, 1), (2, 1), (1, 0, 0, 0)), "none", None),
     "one pixel": (ConvWorkload(1, 128, 100, 1, 1, (1, 1)), "none", None),
     "2:4 3x3": (ConvWorkload(1, 64, 64, 14, 14, (3, 3), padding=ONE, epilogue=Epilogue(True, 0.0)), "position", 1),
     "2:4 1x1": (ConvWorkload(1, 128, 64, 28, 28, (1, 1), epilogue=RELU), "channel", 1),

@@ -102,6 +102,7 @@ class Reproduction:
             device=args.device,
             weight_decay=5e-4,
             clip=args.clip,
+            batch_norm="keep",  # they have their own
             evaluate_every=args.evaluate_every,
         )
         settings = repr((self.options, args.epochs, args.tune_epochs, args.lr, args.tune_lr, args.width, args.limit))

@@ -52,7 +52,7 @@ _common = option_group(
         "--lr",
         type=click.FloatRange(min=0, min_open=True),
         metavar="X",
-        help="Highest learning rate. [default: 0.015; refit: 0.0003]",
+        help="Highest learning rate. [default: 0.05; refit: 0.0003]",
     ),
     click.option("--optimizer", type=click.Choice(("sgd", "adamw")), help="[default: sgd; refit: adamw]"),
     click.option("--temperature", type=float, metavar="T", help="Of distillation. [default: 2]"),
@@ -60,7 +60,7 @@ _common = option_group(
         "--batch-norm",
         type=click.Choice(("insert", "keep", "freeze")),
         help="Put batch norms behind convolutions that have none while training; train with those that there are; "
-        "or keep their statistics as they are. [default: keep; refit: freeze]",
+        "or keep their statistics as they are. [default: insert; refit: freeze]",
     ),
     click.option("--precision", type=click.Choice(("bf16", "float32")), help="[default: bf16]"),
     click.option("--device", metavar="NAME", help="Such as cpu or cuda:0. [default: a GPU where there is one]"),

@@ -51,7 +51,8 @@ class TrainingOptions:
         "auto" takes a GPU where there is one.
     batch_norm
         "insert" puts batch norms behind convolutions without one while training, see `tvm_nm.torch.renormalise`; "keep"
-        takes the model as it is; "freeze" also keeps the running statistics of those that it has.
+        takes the model as it is, and needs a lower rate where there are none; "freeze" also keeps the running
+        statistics of those that it has.
     seed
         Of everything random.
     keep
@@ -63,7 +64,7 @@ class TrainingOptions:
     epochs: float = 5.0
     batch: int = 128
     optimizer: str | OptimizerMaker = "sgd"
-    learning_rate: float = 0.015
+    learning_rate: float = 0.05
     warmup: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -72,7 +73,7 @@ class TrainingOptions:
     augmentation: Augmentation = field(default_factory=Augmentation)
     precision: Literal["bf16", "float32"] = "bf16"
     device: str = "auto"
-    batch_norm: Literal["insert", "keep", "freeze"] = "keep"
+    batch_norm: Literal["insert", "keep", "freeze"] = "insert"
     seed: int = 0
     keep: Literal["last", "best"] = "last"
     evaluate_every: int = 1

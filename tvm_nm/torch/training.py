@@ -179,7 +179,7 @@ class _Run:
         if self.teacher is not None:
             self.teacher.requires_grad_(False)
         chosen = masks_of_zeros(self.model) if masks is None else masks
-        if options.batch_norm == "insert":
+        if options.batch_norm == "insert" and self.data.batch > 1:  # one image has no statistics of a batch
             count = min(_NORM_IMAGES, images.count)
             some = images.take(np.arange(count) * images.count // count)
             parts = np.array_split(some, -(-len(some) // self.data.batch))

@@ -159,7 +159,8 @@ def _source(kernel: ChannelConvKernel, data: te.Tensor) -> te.Tensor:
         inside = tirx.all(y >= 0, y < work.height, x >= 0, x < work.width)
         return tirx.if_then_else(inside, data[n, c, y, x], tirx.const(0.0, "float32"))
 
-    attrs: dict[str, Any] = {ROW_COPY: Columns(kernel.lanes, work.width, left, 1, 1).attribute}
+    elements = work.batch * work.in_channels * rows * columns
+    attrs: dict[str, Any] = {ROW_COPY: Columns(kernel.lanes, work.width, left, 1, 1).attribute(elements)}
     if work.taps == 1:
         return te.compute((work.batch, work.in_channels, rows, columns), element, name="pad", attrs=attrs)
 

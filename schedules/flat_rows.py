@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tvm
@@ -34,12 +35,13 @@ def flat_row(geometry: PixelGeometry, panel: int, data: te.Tensor, *, gathers: b
             y, x = tirx.indexdiv(flat, work.out_width), tirx.indexmod(flat, work.out_width)
             return data[n, c, y * work.stride[0], x * work.stride[1]]
 
+        kept = (work.batch, work.in_channels, 1, work.out_pixels)
         attrs = {
             "tvm_nm_phase_columns": 1,
             "tvm_nm_plane": [1, work.out_height, work.out_width],
-            ROW_COPY: Columns(lanes, work.width, 0, work.stride[1], 1).attribute,
+            ROW_COPY: Columns(lanes, work.width, 0, work.stride[1], 1).attribute(math.prod(kept)),
         }
-        source = te.compute((work.batch, work.in_channels, 1, work.out_pixels), pixel, name="subsample", attrs=attrs)
+        source = te.compute(kept, pixel, name="subsample", attrs=attrs)
     if geometry.copy is CopyScope.NONE:
         return source
 

@@ -30,6 +30,9 @@ ROW_COPY = "tvm_nm_row_copy"
 
 LONGEST_STRIDE = 2
 """Columns that one shuffle can skip between those of a row."""
+# TVM puts smaller buffers on the stack. LLVM joins short shuffles that were stored there to longer ones, and may do so
+# before it has them: the module is refused.
+_STACK_BYTES = 1024
 # Longer rows are loops.
 _MOST_UNROLLED = 16
 
@@ -58,10 +61,18 @@ class Columns:
     stride: int
     step: int
 
-    @property
-    def attribute(self) -> list[int]:
-        """What `ROW_COPY` is annotated with; empty where rows are better left to LLVM."""
-        return [self.lanes, self.width, self.left, self.stride, self.step] if self.stride <= LONGEST_STRIDE else []
+    def attribute(self, elements: int) -> list[int]:
+        """Return what `ROW_COPY` is annotated with; nothing where rows are better left to LLVM.
+
+        Parameters
+        ----------
+        elements
+            Of the copy, as much of it as there is at a time.
+        """
+        shuffled_on_stack = self.stride > 1 and 4 * elements <= _STACK_BYTES
+        if self.stride > LONGEST_STRIDE or shuffled_on_stack:
+            return []
+        return [self.lanes, self.width, self.left, self.stride, self.step]
 
     def start(self, phase: int) -> int:
         """Return the input's column in column 0 of a phase, perhaps a negative one."""

@@ -318,6 +318,7 @@ NAMED = {
     "one-dimensional": (ConvWorkload(1, 16, 24, 1, 100, (1, 9), (1, 2), (0, 4, 0, 4)), "channel", 4),
     "one row, padded": (ConvWorkload(1, 8, 16, 1, 40, (3, 3), padding=ONE, epilogue=RELU), "none", None),
     "one row, padded, stride 2": (ConvWorkload(1, 8, 16, 1, 40, (3, 3), (2, 2), ONE, epilogue=RELU), "position", 4),
+    "copies on the stack": (ConvWorkload(1, 2, 2, 2, 4, (1, 1), (1, 2), (0, 0, 0, 3), groups=2), "none", None),
     "nothing but padding": (ConvWorkload(1, 8, 16, 1, 1, (1, 1), (2, 1), (1, 0, 0, 0)), "none", None),
     "one pixel": (ConvWorkload(1, 128, 100, 1, 1, (1, 1)), "none", None),
     "2:4 3x3": (ConvWorkload(1, 64, 64, 14, 14, (3, 3), padding=ONE, epilogue=Epilogue(True, 0.0)), "position", 1),
@@ -338,7 +339,9 @@ def test_layers_of_real_networks(name: str) -> None:
 
 
 @pytest.mark.skipif("avx2" not in TARGETS, reason="needs AVX2")
-@pytest.mark.parametrize("name", ["3x3", "depthwise", "2:4 3x3", "1x16 1x1", "1x16p 3x3 stride 2"])
+@pytest.mark.parametrize(
+    "name", ["3x3", "depthwise", "2:4 3x3", "1x16 1x1", "1x16p 3x3 stride 2", "copies on the stack"]
+)
 def test_layers_of_real_networks_with_avx2(name: str) -> None:
     work, index, block = NAMED[name]
     check_case(Case(work, IndexKind(index), block, 0.5, "avx2", seed=len(name)))

@@ -147,8 +147,8 @@ def load(buffer: Any, at: Any, lanes: int) -> Any:
 
 
 def store_vector(buffer: Any, at: Any, value: Any, lanes: int) -> None:
-    """Store a vector to a flat buffer."""
-    T.buffer_store(buffer, value, [tirx.Ramp(at, 1, lanes)])
+    """Store a vector to a flat buffer, or a single element."""
+    T.buffer_store(buffer, value, [at if lanes == 1 else tirx.Ramp(at, 1, lanes)])
 
 
 def registers(count: int, lanes: int) -> list[Any]:

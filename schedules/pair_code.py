@@ -36,7 +36,7 @@ from tvm_nm.schedules.chain_loops import activated, add_to, divided, flat_functi
 from tvm_nm.schedules.conv_arguments import conv_argument_shapes
 from tvm_nm.schedules.fetch_code import FETCHES, Fetch, fetch
 from tvm_nm.schedules.pair_conv import HEADER, PairConvKernel
-from tvm_nm.schedules.row_copy import LONGEST_STRIDE, columns_of, pieces
+from tvm_nm.schedules.row_copy import columns_of, copies_by_vectors, pieces
 
 __all__ = ["pair_conv_prim_func"]
 
@@ -109,8 +109,9 @@ class _Code:
 
     def _copy_row(self, copy: Any, to: Any, begin: Any, first: int, last: int) -> None:
         """Copy the columns of a row that lie inside of the input; its first column reads element `begin`."""
-        data, stride = self._buffers["data"], self._work.stride[1]
-        if stride > LONGEST_STRIDE:
+        data, work = self._buffers["data"], self._work
+        stride = work.stride[1]
+        if not copies_by_vectors(stride, work.batch * work.in_channels * self._kernel.channel_size):
             with T.serial(first, last) as column:
                 T.buffer_store(copy, data[begin + column * stride], [to + column])
             return

@@ -23,7 +23,16 @@ from tvm.tirx import BufferRegion
 
 from tvm_nm.schedules.fetch_code import substitute, unmarked_loop
 
-__all__ = ["LONGEST_STRIDE", "ROW_COPY", "Columns", "columns_of", "copy_rows", "pieces", "vector_at"]
+__all__ = [
+    "LONGEST_STRIDE",
+    "ROW_COPY",
+    "Columns",
+    "columns_of",
+    "copies_by_vectors",
+    "copy_rows",
+    "pieces",
+    "vector_at",
+]
 
 ROW_COPY = "tvm_nm_row_copy"
 """Annotation of a loop over a row's columns, perhaps around one over its phases: the numbers of a `Columns`."""
@@ -69,10 +78,8 @@ class Columns:
         elements
             Of the copy, as much of it as there is at a time.
         """
-        shuffled_on_stack = self.stride > 1 and 4 * elements <= _STACK_BYTES
-        if self.stride > LONGEST_STRIDE or shuffled_on_stack:
-            return []
-        return [self.lanes, self.width, self.left, self.stride, self.step]
+        by_vectors = copies_by_vectors(self.stride, elements)
+        return [self.lanes, self.width, self.left, self.stride, self.step] if by_vectors else []
 
     def start(self, phase: int) -> int:
         """Return the input's column in column 0 of a phase, perhaps a negative one."""
@@ -83,6 +90,11 @@ class Columns:
         start = self.start(phase)
         end = min(count, max(0, -(-(self.width - start) // self.stride)))
         return min(end, max(0, -(start // self.stride))), end
+
+
+def copies_by_vectors(stride: int, elements: int) -> bool:
+    """Whether columns `stride` apart are copied by vectors, to a copy of so many elements."""
+    return stride == 1 or (stride <= LONGEST_STRIDE and 4 * elements > _STACK_BYTES)
 
 
 def copy_rows(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:

@@ -92,6 +92,7 @@ NAMED = {
     "3x3 stride 2": ConvWorkload(1, 32, 64, 28, 28, (3, 3), (2, 2), ONE, epilogue=RELU),
     "batch 3": ConvWorkload(3, 16, 32, 9, 9, (3, 3), padding=ONE, epilogue=ADD),
     "one row": ConvWorkload(1, 16, 32, 1, 40, (1, 3), padding=(0, 1, 0, 1)),
+    "one column": ConvWorkload(1, 16, 32, 40, 1, (3, 3), padding=ONE),
 }
 
 

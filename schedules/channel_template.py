@@ -25,15 +25,13 @@ import tvm_ffi
 from tvm import s_tir
 
 from tvm_nm.schedules.channel_conv import CHANNEL_CONV_RULE
-from tvm_nm.schedules.decisions import choose
+from tvm_nm.schedules.decisions import MOST_ACCUMULATORS, choose
 from tvm_nm.schedules.lane_conv import LANE_CONV_RULE
 from tvm_nm.schedules.row_copy import ROW_COPY
 from tvm_nm.schedules.transpose import transpose_intrinsic
 from tvm_nm.schedules.weight_stream import PASSES, STREAM
 
 __all__ = ["schedule_channel_conv", "schedule_lane_conv"]
-
-_MOST_ACCUMULATORS = 28
 
 
 @tvm_ffi.register_global_func(f"s_tir.meta_schedule.cpu.{CHANNEL_CONV_RULE}", override=True)  # type: ignore[untyped-decorator]
@@ -100,7 +98,7 @@ def schedule_lane_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
 def _order_micro_kernel(sch: s_tir.Schedule, sums: Any, rows: int, columns: int, kept_per_block: int) -> None:
     v, y, x, lane, kept = sch.get_loops(sums)[-5:]
     vectors, height, width = (int(sch.get(loop).extent) for loop in (v, y, x))
-    most = max(rows * columns, _MOST_ACCUMULATORS // vectors)
+    most = max(rows * columns, MOST_ACCUMULATORS // vectors)
     length = int(sch.get(kept).extent)
     tile_columns = choose(sch, [c for c in range(1, width + 1) if c <= most], columns)
     tile_rows = choose(sch, [r for r in range(1, height + 1) if r <= most], rows)

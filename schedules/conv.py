@@ -18,7 +18,7 @@ import tvm
 from tvm import te, tirx
 
 from tvm_nm.schedules.conv_arguments import ConvArguments
-from tvm_nm.schedules.decisions import task_rows
+from tvm_nm.schedules.decisions import MOST_ACCUMULATORS, task_rows
 from tvm_nm.schedules.epilogue import activate
 from tvm_nm.schedules.flat_rows import flat_row, with_flat_output
 from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
@@ -29,7 +29,6 @@ from tvm_nm.workload import ConvWorkload
 __all__ = ["CONV_RULE", "ConvKernel", "IndexKind", "conv_prim_func", "padded_input", "tap_position"]
 
 CONV_RULE = "tvm_nm_conv"
-_MOST_TILE_VECTORS = 28  # of a search
 
 
 class IndexKind(str, Enum):
@@ -176,9 +175,10 @@ def conv_prim_func(kernel: ConvKernel) -> tvm.tirx.PrimFunc:
     work = kernel.workload
     arguments = ConvArguments.of(work, kernel.weight_shape, kernel.index_shape, kernel.index_dtype)
     sums = _sums(kernel, arguments.data, arguments.weight, arguments.index)
-    store = _store_vectors if kernel.geometry.stores_vectors else _store
-    func = arguments.func(store(kernel, sums, arguments.bias, arguments.residual))
-    return with_flat_output(func, kernel.geometry, work.output_shape) if kernel.geometry.stores_vectors else func
+    if not kernel.geometry.stores_vectors:
+        return arguments.func(_store(kernel, sums, arguments.bias, arguments.residual))
+    func = arguments.func(_store_vectors(kernel, sums, arguments.bias, arguments.residual))
+    return with_flat_output(func, kernel.geometry, work.output_shape)
 
 
 def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tensor | None) -> te.Tensor:
@@ -258,7 +258,7 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         "tvm_nm_copy_scope": list(CopyScope).index(geometry.copy),
         # Of what is stored: of vectors, a chunk is a row.
         "tvm_nm_rows_per_chunk": 1 if geometry.stores_vectors else geometry.rows_per_chunk,
-        "tvm_nm_tile_vectors": geometry.tile_vectors(max(kernel.vectors_per_tile, _MOST_TILE_VECTORS)),
+        "tvm_nm_tile_vectors": geometry.tile_vectors(max(kernel.vectors_per_tile, MOST_ACCUMULATORS)),
         # How far the index table's entries of neighbouring channels are apart, for who makes one up to measure with.
         "tvm_nm_index_step": kernel.channel_stride if kernel.index is IndexKind.POSITION else 1,
         "tvm_nm_taps": 0 if kernel.index is IndexKind.POSITION else work.taps,

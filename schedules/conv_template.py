@@ -28,7 +28,7 @@ import tvm_ffi
 from tvm import s_tir
 
 from tvm_nm.schedules.conv import CONV_RULE
-from tvm_nm.schedules.decisions import choose, divisors, task_rows
+from tvm_nm.schedules.decisions import MOST_ACCUMULATORS, choose, divisors, task_rows
 from tvm_nm.schedules.geometry import CopyScope
 from tvm_nm.schedules.panel_gather import PANEL_GATHER
 from tvm_nm.schedules.prefetch import PREFETCH
@@ -39,7 +39,6 @@ __all__ = ["schedule_conv", "schedule_pad"]
 
 # A kernel of up to this many taps is unrolled whole; of larger ones, only a row.
 _MAX_UNROLLED_TAPS = 25
-_MOST_ACCUMULATORS = 28
 _LEAST_EPILOGUE_LANES = 4
 # More pixels read the weights so often that it does not matter how they came the first time.
 _FEW_PIXELS = 1024
@@ -66,7 +65,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     default_vectors = _attribute(sch, sums, "tvm_nm_vectors_per_tile")
     default_rows = _attribute(sch, sums, "tvm_nm_rows_per_task")
 
-    most = max(default_vectors, _MOST_ACCUMULATORS // oc_tile)
+    most = max(default_vectors, MOST_ACCUMULATORS // oc_tile)
     vector_choices = [int(v) for v in sch.get(sums).annotations["tvm_nm_tile_vectors"] if v <= most]
     if copy_scope is CopyScope.CHUNK:
         vector_choices = [default_vectors]  # the panels are laid out for it

@@ -6,7 +6,10 @@ from typing import Any
 
 from tvm import s_tir
 
-__all__ = ["choose", "divisors", "task_rows"]
+__all__ = ["MOST_ACCUMULATORS", "choose", "divisors", "task_rows"]
+
+MOST_ACCUMULATORS = 28
+"""Sums of a register tile that a search may try: of AVX-512's 32 registers, weights and inputs need some too."""
 
 
 def choose(sch: s_tir.Schedule, candidates: list[int], default: int) -> Any:

@@ -192,6 +192,15 @@ class PixelGeometry:
         """Elements of the padded copy of one channel."""
         return self.phases * self.plane
 
+    @property
+    def elements_at_once(self) -> int:
+        """Elements of the padded copy that exist at a time: all, or what a task reads of a group's channels."""
+        work = self.workload
+        if self.copy is CopyScope.LAYER:
+            return work.batch * work.in_channels * self.channel_size
+        rows = self.rows_per_chunk + (work.kernel[0] - 1) * work.dilation[0] // work.stride[0]
+        return work.in_channels_per_group * self.phases * rows * self.pitch
+
     def tap_offset(self, ky: int, kx: int) -> int:
         """Offset of tap (ky, kx) from a virtual pixel, in elements of the padded copy of its channel."""
         work = self.workload

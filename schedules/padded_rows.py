@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm import te, tirx
 
-from tvm_nm.schedules.geometry import CopyScope, PixelGeometry
+from tvm_nm.schedules.geometry import PixelGeometry
 from tvm_nm.schedules.row_copy import ROW_COPY, Columns
 
 __all__ = ["flattened_input", "padded_input"]
@@ -55,13 +55,4 @@ def _columns(geometry: PixelGeometry) -> list[int]:
     """Return the annotation that says what the rows of a padded copy hold."""
     work = geometry.workload
     columns = Columns(geometry.lanes, work.width, work.padding[1], work.stride[1], geometry.column_step)
-    return columns.attribute(_elements_at_once(geometry))
-
-
-def _elements_at_once(geometry: PixelGeometry) -> int:
-    """Return how much of a copy there is at a time: all of it, or what a task reads of a group's channels."""
-    work = geometry.workload
-    if geometry.copy is CopyScope.LAYER:
-        return work.batch * work.in_channels * geometry.channel_size
-    rows = geometry.rows_per_chunk + (work.kernel[0] - 1) * work.dilation[0] // work.stride[0]
-    return work.in_channels_per_group * geometry.phases * rows * geometry.pitch
+    return columns.attribute(geometry.elements_at_once)

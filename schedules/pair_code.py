@@ -91,6 +91,7 @@ class _Code:
         size = work.batch * work.in_channels * kernel.channel_size
         copy = T.alloc_buffer((size + self._lanes,), "float32")
         (rows, columns), (phases_y, phases_x) = kernel.plane, kernel.phases
+        copy_row = self._vector_row if copies_by_vectors(work.stride[1], size) else self._scalar_row
         with T.parallel(0, work.batch * work.in_channels) as channel:
             with T.serial(0, kernel.channel_size) as i:
                 T.buffer_store(copy, tirx.const(0.0, "float32"), [channel * kernel.channel_size + i])
@@ -104,17 +105,17 @@ class _Code:
                         y = (first_row + r) * work.stride[0] + (phase_y - work.padding[0])
                         row = (phase_y * phases_x + phase_x) * rows + first_row + r
                         begin = T.Bind((channel * work.height + y) * work.width + (phase_x - work.padding[1]))
-                        self._copy_row(copy, channel * kernel.channel_size + row * columns, begin, first, last)
+                        copy_row(copy, channel * kernel.channel_size + row * columns, begin, first, last)
         return copy
 
-    def _copy_row(self, copy: Any, to: Any, begin: Any, first: int, last: int) -> None:
+    def _scalar_row(self, copy: Any, to: Any, begin: Any, first: int, last: int) -> None:
         """Copy the columns of a row that lie inside of the input; its first column reads element `begin`."""
-        data, work = self._buffers["data"], self._work
-        stride = work.stride[1]
-        if not copies_by_vectors(stride, work.batch * work.in_channels * self._kernel.channel_size):
-            with T.serial(first, last) as column:
-                T.buffer_store(copy, data[begin + column * stride], [to + column])
-            return
+        with T.serial(first, last) as column:
+            T.buffer_store(copy, self._buffers["data"][begin + column * self._work.stride[1]], [to + column])
+
+    def _vector_row(self, copy: Any, to: Any, begin: Any, first: int, last: int) -> None:
+        """Do the same by vectors."""
+        data, stride = self._buffers["data"], self._work.stride[1]
         for at, size in pieces(first, last, self._lanes):
             store_vector(copy, to + at, columns_of(data, [], begin + at * stride, size, stride), size)
 

@@ -37,14 +37,13 @@ from typing import Any
 import tvm_ffi
 from tvm import s_tir
 
-from tvm_nm.schedules.decisions import choose
+from tvm_nm.schedules.decisions import MOST_ACCUMULATORS, choose
 from tvm_nm.schedules.transpose import transpose_intrinsic
 from tvm_nm.schedules.weight_stream import PASSES, STREAM
 from tvm_nm.schedules.winograd import WINOGRAD_RULE
 
 __all__ = ["schedule_winograd"]
 
-_MOST_ACCUMULATORS = 28
 _ALIGN = 1024  # elements: the stride at which lines of L1 begin to compete for a set
 
 
@@ -106,7 +105,7 @@ def schedule_winograd(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     else:
         sch.compute_at(flush, block, preserve_unit_loops=True)
         ft, fv, fl = sch.get_loops(flush)[-3:]
-    choices = list(range(1, max(default_tiles, _MOST_ACCUMULATORS // oc_vectors) + 1))
+    choices = list(range(1, max(default_tiles, MOST_ACCUMULATORS // oc_vectors) + 1))
     per_step = choose(sch, choices, default_tiles)
     t_outer, t_inner = sch.split(ft, [None, per_step])
     sch.annotate(t_outer, "pragma_loop_partition_hint", 1)

@@ -27,6 +27,8 @@ BLOCKS = (1, 2, 3, 4, 5, 8, 11, 16, 32)
 TARGETS = {"one thread": host_target(1), "two threads": host_target(2)}
 if "avx2" in host_flags():
     TARGETS["avx2"] = haswell()
+Variant = tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]
+"""What is computed, how, with which weights, for which of the targets, and a seed."""
 EPILOGUES = [
     Epilogue(residual, *bounds)
     for residual in (False, True)
@@ -103,6 +105,11 @@ def check(kernel: ConvKernel, work: ConvWorkload, weights: np.ndarray, target: t
     np.testing.assert_array_equal(out, conv(work, *arguments))
 
 
+def check_variant(variant: Variant) -> None:
+    work, kernel, weights, target, seed = variant
+    check(kernel, work, weights, TARGETS[target], seed)
+
+
 def check_case(case: Case) -> None:
     target = TARGETS[case.target]
     rng = np.random.default_rng(case.seed)
@@ -127,7 +134,7 @@ def test_many_random_convolutions(case: Case) -> None:
 
 
 @st.composite
-def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]:
+def variants(draw: st.DrawFn) -> Variant:
     """Kernels that tuning may try but the model would not choose: any layout, tile, task and reduction block."""
     case = draw(cases)
     rng = np.random.default_rng(case.seed)
@@ -154,13 +161,12 @@ def variants(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str
 
 @settings(max_examples=20, **PROPERTY)
 @given(variants())
-def test_variants_that_only_tuning_tries(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
-    work, kernel, weights, target, seed = variant
-    check(kernel, work, weights, TARGETS[target], seed)
+def test_variants_that_only_tuning_tries(variant: Variant) -> None:
+    check_variant(variant)
 
 
 @st.composite
-def panels(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]:
+def panels(draw: st.DrawFn) -> Variant:
     """Pointwise kernels whose pixels are packed a chunk at a time, and whose outputs are fetched ahead."""
     block = draw(st.sampled_from([1, 4, 8, 16]))
     index = draw(st.sampled_from([IndexKind.NONE, IndexKind.CHANNEL]))
@@ -197,13 +203,12 @@ def panels(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, 
 
 @settings(max_examples=20, **PROPERTY)
 @given(panels())
-def test_panels(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
-    work, kernel, weights, target, seed = variant
-    check(kernel, work, weights, TARGETS[target], seed)
+def test_panels(variant: Variant) -> None:
+    check_variant(variant)
 
 
 @st.composite
-def aligned(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]:
+def aligned(draw: st.DrawFn) -> Variant:
     """Kernels whose vectors are those of the output, one or two to a row; whole tiles are stored from registers."""
     name = draw(st.sampled_from(sorted(TARGETS)))
     machine = machine_of(TARGETS[name])
@@ -247,17 +252,15 @@ def aligned(draw: st.DrawFn) -> tuple[ConvWorkload, ConvKernel, np.ndarray, str,
 
 @settings(max_examples=25, **PROPERTY)
 @given(aligned())
-def test_aligned_rows(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
-    work, kernel, weights, target, seed = variant
-    check(kernel, work, weights, TARGETS[target], seed)
+def test_aligned_rows(variant: Variant) -> None:
+    check_variant(variant)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, **PROPERTY)
 @given(aligned())
-def test_many_aligned_rows(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
-    work, kernel, weights, target, seed = variant
-    check(kernel, work, weights, TARGETS[target], seed)
+def test_many_aligned_rows(variant: Variant) -> None:
+    check_variant(variant)
 
 
 def test_aligned_rows_have_no_scratch_and_are_chosen() -> None:
@@ -289,9 +292,8 @@ def test_panels_fetch_each_line_of_the_output_and_the_residual(scope: CopyScope,
 @pytest.mark.slow
 @settings(max_examples=300, **PROPERTY)
 @given(variants())
-def test_many_variants(variant: tuple[ConvWorkload, ConvKernel, np.ndarray, str, int]) -> None:
-    work, kernel, weights, target, seed = variant
-    check(kernel, work, weights, TARGETS[target], seed)
+def test_many_variants(variant: Variant) -> None:
+    check_variant(variant)
 
 
 RELU, RELU6, ADD = Epilogue(False, 0.0), Epilogue(False, 0.0, 6.0), Epilogue(True)

@@ -160,7 +160,7 @@ def compile_command(
 @click.command("demo")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Keep the sparse artefact.")
 @pattern_options("1x4p", "0.25; with --pattern the pattern's, or 0.5")
-@threads_option
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Number of threads. [default: 1]")
 @json_option
 def demo_command(
     output: Path | None,
@@ -186,7 +186,7 @@ def _demo(
     output: Path | None,
     json_file: str | None,
 ) -> None:
-    from tvm_nm.demo import DEMO_DENSITY, DEMO_PATTERN, run_demo
+    from tvm_nm.demo import DEMO_DENSITY, DEMO_PATTERN, DEMO_THREADS, run_demo
     from tvm_nm.pruning import PruneRequest
     from tvm_nm.report import layer_times_table, timing_table
 
@@ -194,7 +194,7 @@ def _demo(
         density = DEMO_DENSITY
     request = PruneRequest.make(pattern or DEMO_PATTERN, density, include, exclude, method)
     with Steps() as steps:
-        result = run_demo(request, threads=threads, output=output, progress=steps)
+        result = run_demo(request, threads=threads or DEMO_THREADS, output=output, progress=steps)
     if json_file != "-":
         click.echo("Where the time of the sparse build goes:\n")
         print_table(layer_times_table(result.layers))

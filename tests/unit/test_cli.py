@@ -56,12 +56,14 @@ def test_help_loads_no_tvm(command: list[str]) -> None:
 
 
 def test_the_help_says_the_default_patterns() -> None:
-    from tvm_nm.demo import DEMO_DENSITY, DEMO_PATTERN
+    from tvm_nm.demo import DEMO_DENSITY, DEMO_PATTERN, DEMO_THREADS
     from tvm_nm.pruning import DEFAULT_PATTERN
 
     for command, pattern in (("compile", DEFAULT_PATTERN), ("prune", DEFAULT_PATTERN), ("demo", DEMO_PATTERN)):
         assert f"[default: {pattern}]" in " ".join(run(command, "--help").stdout.split())
-    assert f"[default: {DEMO_DENSITY}; with --pattern" in " ".join(run("demo", "--help").stdout.split())
+    demo_help = " ".join(run("demo", "--help").stdout.split())
+    assert f"[default: {DEMO_DENSITY}; with --pattern" in demo_help
+    assert f"Number of threads. [default: {DEMO_THREADS}]" in demo_help
 
 
 def test_python_dash_m_is_the_command() -> None:

@@ -258,7 +258,7 @@ def _sums(kernel: ConvKernel, data: te.Tensor, weight: te.Tensor, index: te.Tens
         "tvm_nm_copy_scope": list(CopyScope).index(geometry.copy),
         # Of what is stored: of vectors, a chunk is a row.
         "tvm_nm_rows_per_chunk": 1 if geometry.stores_vectors else geometry.rows_per_chunk,
-        "tvm_nm_tile_vectors": geometry.tile_vectors(max(kernel.vectors_per_tile, MOST_ACCUMULATORS)),
+        "tvm_nm_tile_vectors": geometry.tile_vectors(max(kernel.vectors_per_tile, MOST_ACCUMULATORS // kernel.oc_tile)),
         # How far the index table's entries of neighbouring channels are apart, for who makes one up to measure with.
         "tvm_nm_index_step": kernel.channel_stride if kernel.index is IndexKind.POSITION else 1,
         "tvm_nm_taps": 0 if kernel.index is IndexKind.POSITION else work.taps,

@@ -28,7 +28,7 @@ import tvm_ffi
 from tvm import s_tir
 
 from tvm_nm.schedules.conv import CONV_RULE
-from tvm_nm.schedules.decisions import MOST_ACCUMULATORS, choose, divisors, task_rows
+from tvm_nm.schedules.decisions import choose, divisors, task_rows
 from tvm_nm.schedules.geometry import CopyScope
 from tvm_nm.schedules.panel_gather import PANEL_GATHER
 from tvm_nm.schedules.prefetch import PREFETCH
@@ -65,8 +65,7 @@ def schedule_conv(sch: s_tir.Schedule, sums: Any) -> list[s_tir.Schedule]:
     default_vectors = _attribute(sch, sums, "tvm_nm_vectors_per_tile")
     default_rows = _attribute(sch, sums, "tvm_nm_rows_per_task")
 
-    most = max(default_vectors, MOST_ACCUMULATORS // oc_tile)
-    vector_choices = [int(v) for v in sch.get(sums).annotations["tvm_nm_tile_vectors"] if v <= most]
+    vector_choices = [int(size) for size in sch.get(sums).annotations["tvm_nm_tile_vectors"]]
     if copy_scope is CopyScope.CHUNK:
         vector_choices = [default_vectors]  # the panels are laid out for it
     vectors_per_tile = choose(sch, vector_choices, default_vectors)
